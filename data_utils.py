@@ -1,0 +1,1900 @@
+"""Helpers that the 360° photo notebooks share: labels, partitions, models, training, scores.
+
+The sections follow the data. Everything is importable at the top level and picklable, so that
+DataLoader workers and launched processes can use it; copy this file beside a notebook of your own.
+
+Shape letters: B batch, C channels, H height, W width, N images, L labels, G groups.
+A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target).
+"""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import timm
+import torch
+import torchvision
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+from iterstrat.ml_stratifiers import IterativeStratification
+from joblib import Parallel, delayed
+from PIL import Image, ImageOps
+from timm.data import Mixup, resolve_model_data_config
+from timm.loss import CLASS_WEIGHT_METHODS, compute_class_weights, create_classification_loss
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+__all__ = [
+    "Classifier",
+    "DataPartition",
+    "MaskedLoss",
+    "RandomHorizontalRoll",
+    "TrainConfig",
+    "Trainer",
+    "TriStateMixup",
+    "attach_images",
+    "build_model",
+    "combine_halves",
+    "fast_precision",
+    "find_near_duplicates",
+    "find_optimal_thresholds",
+    "gains_by_channels_last",
+    "group_stratified_split",
+    "label_distribution",
+    "list_images",
+    "make_loader",
+    "make_transforms",
+    "mean_average_precision",
+    "open_image",
+    "plot_history",
+    "read_class_folders",
+    "read_csv_labels",
+    "read_labelbox",
+    "read_partition",
+    "score_labels",
+    "show_images",
+    "summarize_scores",
+    "to_panorama_level",
+    "to_targets",
+    "write_partition",
+]
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
+NOT_LABELS = ("image_path", "group_id")
+FORMAT_VERSION = 1
+_GRADE = re.compile(r"\s*(\d+)\s*-\s")
+_HALF = re.compile(r"_(left|right)$")
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place only if all went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: str | os.PathLike, content: Any) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _some(names: Iterable[Any], most: int = 5) -> str:
+    names = [str(name) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """Return every image file below `folder`, sorted; hidden files are left out.
+
+    Raises:
+        FileNotFoundError: `folder` does not exist.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(p for p in files if not p.name.startswith(".") and p.is_file())
+
+
+# ---------------------------------------------------------------- labels
+
+
+def _parse_row(line: str, where: str) -> dict:
+    """Return one row of a Labelbox v2 export, or say what is wrong with it."""
+    hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) a line"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}); {hint}.") from None
+    if isinstance(row, list) or (isinstance(row, dict) and {"Labeled Data", "Label"} & set(row)):
+        raise ValueError(f"{where}: this looks like a v1 or array export; {hint}. Export it again.")
+    if not isinstance(row, dict) or not isinstance(row.get("projects"), dict):
+        raise ValueError(f"{where}: no 'projects' object; {hint}.")
+    data_row = row.get("data_row")
+    if not isinstance(data_row, dict) or not data_row.get("external_id"):
+        raise ValueError(f"{where}: data_row has no 'external_id'; expected the image's file name.")
+    return row
+
+
+def _walk_answers(classifications: list[dict], prefix: str = "") -> Iterator[dict]:
+    """Yield each answer as {question, kind, answer}; nested ones are named "parent / child"."""
+    for item in classifications:
+        question = prefix + item["name"]
+        if "text_answer" in item:
+            content = (item["text_answer"] or {}).get("content")
+            yield {"question": question, "kind": "text", "answer": content}
+        given = item.get("radio_answer") or item.get("checklist_answers") or []
+        kind = "checklist" if "checklist_answers" in item else "radio"
+        for answer in given if isinstance(given, list) else [given]:
+            yield {"question": question, "kind": kind, "answer": answer["name"]}
+            graded = _GRADE.match(answer["name"])
+            parent = question if graded else f"{question} / {answer['name']}"
+            yield from _walk_answers(answer.get("classifications") or [], f"{parent} / ")
+
+
+def _row_answers(row: dict) -> Iterator[dict]:
+    """Yield the answers of one row: every project, every annotator; at least one record a row."""
+    data_row = row["data_row"]
+    base = {"image": data_row["external_id"], "data_row_id": data_row.get("id")}
+    base |= {"project": None, "annotator": None, "label_id": None, "judged": False}
+    base |= {"question": None, "kind": None, "answer": None}
+    found = False
+    for project_id, project in row["projects"].items():
+        for number, label in enumerate(project.get("labels") or []):
+            found = True
+            name = project.get("name") or project_id
+            annotator = (label.get("label_details") or {}).get("created_by")
+            skipped = bool((label.get("performance_details") or {}).get("skipped"))
+            key = {"project": name, "label_id": label.get("id") or f"{project_id}-{number}"}
+            key |= {"annotator": annotator, "judged": not skipped}
+            classifications = label.get("annotations", {}).get("classifications") or []
+            answers = [] if skipped else list(_walk_answers(classifications))
+            yield from ({**base, **key, **answer} for answer in answers or [{}])
+    if not found:
+        yield base
+
+
+def read_labelbox(
+    path: str | os.PathLike,
+    problematic: str = "drop",
+    flags: Sequence[str] = ("Problematic", "Revisit"),
+) -> pd.DataFrame:
+    """Read a Labelbox v2 NDJSON export as annotated, one line an answer.
+
+    A question with any option like "1 - Definitely" is graded and is one label; its other options
+    ("Foreground") only describe it. An ungraded question gives one label an option, named
+    "question / option". Texts and `flags` are no labels.
+
+    Args:
+        path: the export, one JSON object a line.
+        problematic: "drop" leaves out images that carry the first of `flags`, "keep" keeps them.
+        flags: radio questions about the photo itself.
+
+    Returns:
+        Columns image, data_row_id, project, annotator, label_id, judged, question, kind, answer,
+        grade (1 = most certain, NaN if ungraded) and label, a categorical whose categories are the
+        vocabulary over all rows in order of first appearance. An image that nobody labelled has
+        one line with judged = False. `.attrs["report"]` counts and lists rows, duplicates,
+        unlabelled and skipped images, problematic images and answers without a grade.
+
+    Raises:
+        ValueError: the file or a line is no v2 export; names file, line and what was expected.
+    """
+    if problematic not in ("drop", "keep"):
+        raise ValueError(f"problematic={problematic!r}: expected 'drop' or 'keep'.")
+    records, seen, duplicates = [], set(), []
+    with open(path, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                row = _parse_row(line, f"{path}, line {number}")
+                image = row["data_row"]["external_id"]
+                duplicates += [image] if image in seen else []
+                seen.add(image)
+                try:
+                    records += _row_answers(row)
+                except (AttributeError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number}: an answer lacks {error}; expected the"
+                        " classifications of a Labelbox v2 export."
+                    ) from None
+    if not records:
+        raise ValueError(f"{path}: no rows; expected a Labelbox v2 export, one JSON object a line.")
+    answers = pd.DataFrame(records).drop_duplicates(ignore_index=True)
+    answers["grade"] = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
+    return _name_labels(answers, duplicates, problematic, flags)
+
+
+def _name_labels(
+    answers: pd.DataFrame, duplicates: list[str], problematic: str, flags: Sequence[str]
+) -> pd.DataFrame:
+    option = answers["question"] + " / " + answers["answer"]
+    graded = answers.groupby("question")["grade"].transform("count").fillna(0) > 0
+    label = answers["question"].where(graded, option)
+    label[(answers["kind"] == "text") | answers["question"].isin(flags)] = None
+    answers["label"] = pd.Categorical(label, categories=label.dropna().unique())
+    key = ["image", "label_id", "label"]
+    ungraded = graded & (answers.groupby(key, observed=True)["grade"].transform("count") == 0)
+    judged = answers.groupby("image", sort=False)["judged"].any()
+    bad = answers.loc[answers["question"] == flags[0], "image"].unique() if flags else []
+    report = {
+        "images": len(judged),
+        "duplicated": duplicates,
+        "unlabelled": judged.index[~judged].tolist(),
+        "problematic": list(bad),
+        "without a grade": sorted(answers.loc[ungraded, "image"].unique()),
+    }
+    if problematic == "drop":
+        answers = answers[~answers["image"].isin(bad)].reset_index(drop=True)
+    answers.attrs["report"] = report
+    return answers
+
+
+def to_targets(
+    answers: pd.DataFrame,
+    positive_max: int = 3,
+    unanswered: str = "absent",
+    soft: dict[int, float] | None = None,
+) -> pd.DataFrame:
+    """Turn annotated answers into targets.
+
+    Args:
+        answers: what `read_labelbox` returns.
+        positive_max: grades 1..positive_max are present, a lower certainty is absent.
+        unanswered: what an unticked question means where somebody labelled the image in a project
+            that asks it: "absent" (0) or "unknown" (NaN).
+        soft: soft target a grade, e.g. {1: 1.0, 2: 0.9, 3: 0.6}; None gives 1.
+
+    Returns:
+        `image` and one column a label: 1, 0, NaN (unknown) or soft. Several annotators are
+        averaged; without `soft` the majority decides and a tie counts as present. An image that
+        nobody labelled, or an answer that lacks its grade, is unknown.
+    """
+    if unanswered not in ("absent", "unknown"):
+        raise ValueError(f"unanswered={unanswered!r}: expected 'absent' or 'unknown'.")
+    vocabulary = answers["label"].cat.categories
+    key = ["image", "project", "label_id"]
+    given = answers[answers["judged"] & answers["label"].notna()].copy()
+    graded = given["label"].astype(str) == given["question"]
+    grade = given["grade"].where(graded, 1)
+    value = (grade.map(soft) if soft else grade.between(1, positive_max)).astype(float)
+    value = value.where(grade.between(1, positive_max), 0)
+    given["value"] = value.fillna(0).where(grade.notna(), -1)  # -1 loses to any grade beside it
+    table = given.pivot_table("value", key, "label", aggfunc="max", observed=True, sort=False)
+    everyone = answers.loc[answers["judged"], key].drop_duplicates()
+    table = table.reindex(index=pd.MultiIndex.from_frame(everyone), columns=vocabulary)
+    if unanswered == "absent":
+        asked = pd.crosstab(given["project"], given["label"]).reindex(columns=vocabulary)
+        asked = asked.reindex(everyone["project"]).fillna(0).to_numpy() > 0
+        table = table.mask(table.isna() & asked, 0.0)
+    targets = table.mask(table < 0).groupby(level="image", sort=False).mean()
+    if soft is None:
+        targets = (targets >= 0.5).astype(float).where(targets.notna())
+    targets = targets.reindex(answers["image"].unique())
+    return targets.rename_axis(index="image", columns=None).reset_index()
+
+
+def read_csv_labels(path: str | os.PathLike, unlisted: str = "unknown") -> pd.DataFrame:
+    """Read labels from a CSV: one 0/1 column a label, or `filename, "desert,mountains"` lists.
+
+    Args:
+        path: the CSV; its first column, whatever its name, holds the image file names.
+        unlisted: for lists, what an empty list means: "unknown" or "absent" for every label.
+
+    Returns:
+        `image` and one column a label: 1, 0 or NaN (empty cell: nobody judged it).
+
+    Raises:
+        ValueError: a value outside 0/1/empty, a file name twice, or no label column; with line.
+    """
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table.columns = [str(column).strip() for column in table.columns]
+    table = table.apply(lambda column: column.str.strip())
+    if table.shape[1] < 2:
+        raise ValueError(f"{path}: expected a file name column and at least one label column.")
+    names = table.iloc[:, 0].rename("image")
+    for problem, what in [(names == "", "no file name"), (names.duplicated(), "file name twice")]:
+        if problem.any():
+            lines = [f"line {i + 2}: {names[i]!r}" for i in names.index[problem]]
+            raise ValueError(f"{path}: {what}, expected one row an image: {_some(lines)}.")
+    cells = table.iloc[:, 1:]
+    if cells.shape[1] == 1 and _holds_lists(cells.iloc[:, 0]):
+        return pd.concat([names, _split_lists(cells.iloc[:, 0], unlisted)], axis=1)
+    values = cells.apply(pd.to_numeric, errors="coerce")
+    wrong = ~(values.isin([0, 1]) | (cells == ""))
+    if wrong.to_numpy().any():
+        rows, columns = np.nonzero(wrong.to_numpy())
+        cell = [
+            f"line {r + 2}, {cells.columns[c]}: {cells.iloc[r, c]!r}" for r, c in zip(rows, columns)
+        ]
+        raise ValueError(f"{path}: expected 0, 1 or an empty cell, found {_some(cell)}.")
+    return pd.concat([names, values.astype(float)], axis=1)
+
+
+def _holds_lists(cells: pd.Series) -> bool:
+    return (cells != "").any() and pd.to_numeric(cells, errors="coerce").isna().all()
+
+
+def _split_lists(cells: pd.Series, unlisted: str) -> pd.DataFrame:
+    """Turn "desert,mountains" cells into one 0/1 column a label, in order of first appearance."""
+    joined = cells.str.replace(r"\s*[,;|]\s*", "|", regex=True)
+    names = pd.unique(joined.str.split("|").explode())
+    labels = joined.str.get_dummies("|").astype(float)[[name for name in names if name]]
+    return labels.mask(cells == "") if unlisted == "unknown" else labels
+
+
+def read_class_folders(root: str | os.PathLike) -> pd.DataFrame:
+    """Read `root/<class>/*.jpg` as labels: `image` (path below root) and one 0/1 column a class.
+
+    Raises:
+        ValueError: no class folder holds an image.
+    """
+    root = Path(root)
+    images = pd.Series([p.relative_to(root) for p in list_images(root)], dtype=object)
+    images = images[[len(p.parts) > 1 for p in images]]
+    if images.empty:
+        raise ValueError(f"{root}: no images in class folders; expected {root}/<class>/*.jpg.")
+    labels = pd.get_dummies(images.map(lambda p: p.parts[0]), dtype=float)
+    return pd.concat([images.map(lambda p: p.as_posix()).rename("image"), labels], axis=1)
+
+
+def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
+    """Combine the rows of NAME_left and NAME_right into one row NAME of the whole panorama.
+
+    Present if in either half; unknown if neither says present and one is unknown or missing.
+    """
+    stem = targets["image"].map(lambda name: str(Path(name).with_suffix("")))
+    is_half = stem.str.endswith(("_left", "_right"))
+    panorama = stem.str.replace(_HALF, "", regex=True).rename("image")
+    by = targets.drop(columns="image").groupby(panorama, sort=False)
+    combined, labels = by.first(), targets.select_dtypes("number").columns
+    enough = by[labels].count().ge(1 + is_half.groupby(panorama, sort=False).any(), axis=0)
+    combined[labels] = by[labels].max().where(lambda highest: (highest >= 0.5) | enough)
+    return combined.reset_index()
+
+
+def attach_images(
+    targets: pd.DataFrame,
+    image_dir: str | os.PathLike,
+    group_by: str | int = "panorama",
+    missing: str = "raise",
+) -> pd.DataFrame:
+    """Find each labelled image below a folder, by file name, and give it a group.
+
+    Args:
+        targets: `image` (a file name, a path below the folder, or either without its suffix) and
+            label columns.
+        image_dir: searched with all its sub-folders.
+        group_by: "panorama" (both halves together), the number of leading folders that make a
+            group (1: site, 2: site and day), or the name of a column of `targets`.
+        missing: "raise", or "skip" to leave images out; `.attrs["missing"]` then lists them.
+
+    Returns:
+        `image_path`, `group_id` and the label columns.
+
+    Raises:
+        FileNotFoundError: images are not there.
+        ValueError: a name fits several files, a name occurs twice, or `group_by` does not apply.
+    """
+    image_dir = Path(image_dir)
+    below = [p.relative_to(image_dir) for p in list_images(image_dir)]
+    by_name: dict[str, list[Path]] = {}
+    for path in below:
+        for name in {path.name, path.stem}:
+            by_name.setdefault(name, []).append(path)
+
+    def candidates(image: str) -> list[Path]:
+        parts = Path(image).parts
+        found = by_name.get(parts[-1], [])
+        return [p for p in found if p.parts[-len(parts) : -1] == parts[:-1]]
+
+    matches = targets["image"].map(candidates)
+    several = [
+        f"{image} ({_some(m, 3)})" for image, m in zip(targets["image"], matches) if len(m) > 1
+    ]
+    if several:
+        raise ValueError(
+            f"{image_dir}: {len(several)} image names fit several files, give paths below"
+            f" the folder: {_some(several)}."
+        )
+    lost = targets.loc[matches.map(len) == 0, "image"].tolist()
+    if lost and (missing == "raise" or len(lost) == len(targets)):
+        raise FileNotFoundError(
+            f"{image_dir}: {len(lost)} of {len(targets)} labelled images are not there:"
+            f" {_some(lost)}. Check the folder, or use missing='skip' to leave them out."
+        )
+    kept = targets[matches.map(len) == 1]
+    paths = matches[kept.index].str[0]
+    if paths.duplicated().any():
+        raise ValueError(f"{image_dir}: labelled twice: {_some(paths[paths.duplicated()])}.")
+    found = pd.DataFrame({"image_path": paths.map(lambda p: (image_dir / p).as_posix())})
+    found["group_id"] = _group_ids(kept, paths, group_by)
+    columns = [c for c in kept.columns if c not in ("image", group_by)]
+    found = pd.concat([found, kept[columns]], axis=1).reset_index(drop=True)
+    found.attrs["missing"] = lost
+    return found
+
+
+def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> pd.Series:
+    if isinstance(group_by, str) and group_by in targets.columns:
+        return targets[group_by].astype(str)
+    if group_by == "panorama":
+        return paths.map(lambda p: (p.parent / _HALF.sub("", p.stem)).as_posix())
+    if not isinstance(group_by, int) or group_by < 1:
+        raise ValueError(
+            f"group_by={group_by!r}: expected 'panorama', a number of folders or a column of "
+            f"{_some(targets.columns)}."
+        )
+    shallow = [p for p in paths if len(p.parts) <= group_by]
+    if shallow:
+        raise ValueError(
+            f"group_by={group_by}: {len(shallow)} images lie less than {group_by} folders deep: "
+            f"{_some(shallow)}."
+        )
+    return paths.map(lambda p: "/".join(p.parts[:group_by]))
+
+
+# ---------------------------------------------------------------- partition
+
+
+def group_stratified_split(
+    df: pd.DataFrame,
+    label_columns: Sequence[str],
+    group_col: str = "group_id",
+    ratios: Sequence[float] = (0.7, 0.15, 0.15),
+    seed: int = 42,
+) -> dict[str, pd.DataFrame]:
+    """Split rows into train, val and test with whole groups and alike label rates.
+
+    Iterative stratification of the groups (Sechidis et al., ECML PKDD 2011) gives the start;
+    swaps of two groups that bring every part's label rates closer to the overall ones refine it.
+    Unknown cells (NaN) count neither as present nor as absent.
+
+    Returns:
+        {"train", "val", "test"} → rows of `df`, in their order. Warns of labels that fewer than 3
+        groups show, which no split can put into every part.
+
+    Raises:
+        ValueError: fewer groups than parts, a row without a group, or ratios that are not three
+            positive numbers.
+    """
+    share = np.asarray(ratios, float)
+    if share.shape != (3,) or (share <= 0).any():
+        raise ValueError(f"ratios={ratios}: expected three positive numbers (train, val, test).")
+    if df[group_col].isna().any():
+        raise ValueError(f"{int(df[group_col].isna().sum())} rows have no {group_col}.")
+    group, names = pd.factorize(df[group_col])
+    if len(names) < 3:
+        raise ValueError(f"{len(names)} groups cannot fill 3 parts; group by something finer.")
+    values = df[list(label_columns)].to_numpy(float)
+    sums = pd.DataFrame(np.hstack([values > 0.5, ~np.isnan(values)]).astype(float))
+    positive, known = np.hsplit(sums.groupby(group).sum().to_numpy(), 2)  # each (G, L)
+    rare = [f"{c} ({n})" for c, n in zip(label_columns, (positive > 0).sum(0)) if n < 3]
+    if rare:
+        warnings.warn(f"Labels present in fewer than 3 groups: {_some(rare)}.", stacklevel=2)
+    share /= share.sum()
+    start = IterativeStratification(positive > 0, share, np.random.RandomState(seed))
+    part = _refine_split(start, positive, known, np.bincount(group), share, seed)[group]
+    parts = {name: df[part == i] for i, name in enumerate(("train", "val", "test"))}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert set(parts[a][group_col]).isdisjoint(parts[b][group_col]), (
+            f"a group is in {a} and {b}"
+        )
+    return parts
+
+
+def _refine_split(
+    part: np.ndarray,
+    positive: np.ndarray,
+    known: np.ndarray,
+    size: np.ndarray,
+    share: np.ndarray,
+    seed: int,
+    n_rounds: int = 800,
+    n_swaps: int = 64,
+) -> np.ndarray:
+    """Return `part` (G,) after the best of 64 random swaps, if it helps, in each of 800 rounds."""
+    rng = np.random.default_rng(seed)
+    rate = positive.sum(0) / np.maximum(known.sum(0), 1)
+    # A part's deviation is its sum of `positive - rate * known` over its number of known cells.
+    features = np.hstack([positive - rate * known, known, size[:, None]])  # (G, 2L + 1)
+    totals = np.stack([features[part == i].sum(0) for i in range(len(share))])  # (3, 2L + 1)
+    n_labels = positive.shape[1]
+
+    def cost(totals: np.ndarray) -> np.ndarray:
+        deviation = totals[..., :n_labels] / np.maximum(totals[..., n_labels:-1], 1)
+        size_error = totals[..., -1] / size.sum() - share
+        worst = np.abs(deviation).max((-1, -2))
+        return (deviation**2).sum((-1, -2)) + 4 * worst**2 + (size_error**2).sum(-1)
+
+    best = cost(totals)
+    for _ in range(n_rounds):
+        i, j = rng.integers(len(part), size=(2, n_swaps))
+        i, j = i[part[i] != part[j]], j[part[i] != part[j]]
+        if not len(i):
+            continue
+        swapped = np.repeat(totals[None], len(i), axis=0)
+        swapped[np.arange(len(i)), part[i]] += features[j] - features[i]
+        swapped[np.arange(len(i)), part[j]] -= features[j] - features[i]
+        costs = cost(swapped)
+        k = costs.argmin()
+        if costs[k] < best:
+            best, totals = costs[k], swapped[k]
+            part[i[k]], part[j[k]] = part[j[k]], part[i[k]]
+    return part
+
+
+def label_distribution(
+    parts: dict[str, pd.DataFrame], label_columns: Sequence[str]
+) -> pd.DataFrame:
+    """Count each label in each part.
+
+    Returns:
+        One line a label and part: label, part, present, absent, unknown, rate (present among
+        known) and deviation, the part's rate less the overall rate in percentage points.
+    """
+    long = pd.concat(parts, names=["part"])[list(label_columns)].melt(
+        var_name="label", value_name="value", ignore_index=False
+    )
+    long = long.assign(
+        present=long["value"] >= 0.5, absent=long["value"] < 0.5, unknown=long["value"].isna()
+    )
+    counts = long.groupby(["label", "part"], sort=False)[["present", "absent", "unknown"]].sum()
+    overall = counts.groupby("label", sort=False).transform("sum")
+    counts["rate"] = counts["present"] / (counts["present"] + counts["absent"])
+    rate = overall["present"] / (overall["present"] + overall["absent"])
+    counts["deviation"] = 100 * (counts["rate"] - rate)
+    return counts.reset_index()
+
+
+def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
+    """Read a partition CSV.
+
+    Returns:
+        The rows, with `image_path` leading from the working directory, and the label columns.
+
+    Raises:
+        FileNotFoundError: the file is missing; names the notebook that makes it.
+        ValueError: a column is missing or a label cell lies outside 0..1.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; run partitioning.ipynb to make it.")
+    df = pd.read_csv(path, dtype=dict.fromkeys(NOT_LABELS, str))
+    absent = [column for column in NOT_LABELS if column not in df.columns]
+    labels = [column for column in df.columns if column not in NOT_LABELS]
+    if absent or not labels:
+        raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
+    values = df[labels].apply(pd.to_numeric, errors="coerce")
+    rows, columns = np.nonzero((df[labels].notna() & ~((values >= 0) & (values <= 1))).to_numpy())
+    if len(rows):
+        wrong = [
+            f"line {r + 2}, {labels[c]}: {df[labels].iloc[r, c]}" for r, c in zip(rows, columns)
+        ]
+        raise ValueError(f"{path}: expected label cells of 0..1 or empty, found {_some(wrong)}.")
+    df[labels] = values.astype(float)
+    df["image_path"] = [
+        Path(os.path.normpath(path.parent / p)).as_posix() for p in df["image_path"]
+    ]
+    return df, labels
+
+
+def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
+    """Write a partition CSV; `image_path` becomes relative to the CSV's folder."""
+    relative = [Path(os.path.relpath(p, Path(path).parent)).as_posix() for p in df["image_path"]]
+    with _replacing(path) as temporary:
+        df.assign(image_path=relative).to_csv(temporary, index=False)
+
+
+def _image_hash(path: str | os.PathLike) -> np.ndarray | str:
+    import imagehash
+
+    try:
+        return imagehash.phash(open_image(path, (64, 64))).hash.ravel()
+    except OSError as error:
+        return str(error)
+
+
+def find_near_duplicates(
+    paths: Sequence[str | os.PathLike],
+    max_distance: int = 6,
+    unreadable: str = "raise",
+    n_jobs: int = -1,
+) -> pd.DataFrame:
+    """Find pairs of images that look the same, by 64-bit perceptual hash (imagehash.phash).
+
+    Args:
+        paths: image files.
+        max_distance: most bits of 64 in which two hashes may differ.
+        unreadable: "raise", or "skip" to list files that cannot be read in `.attrs["unreadable"]`.
+        n_jobs: threads.
+
+    Returns:
+        One line a pair: first, second (positions in `paths`), distance in bits; closest first.
+    """
+    jobs = tqdm([delayed(_image_hash)(path) for path in paths], desc="hashing", leave=False)
+    hashes = Parallel(n_jobs, prefer="threads")(jobs)  # decoding releases the interpreter lock
+    errors = [found for found in hashes if isinstance(found, str)]
+    if errors and unreadable == "raise":
+        raise OSError(f"{len(errors)} images cannot be read: {_some(errors)}")
+    readable = np.array([i for i, found in enumerate(hashes) if not isinstance(found, str)], int)
+    pairs = pd.DataFrame({"first": [], "second": [], "distance": []}, dtype=int)
+    if len(readable):
+        bits = np.packbits(np.stack([hashes[i] for i in readable]), axis=1).view(np.uint64)[:, 0]
+        found = []
+        for start in range(0, len(bits), 1024):  # a block of rows at a time bounds the memory
+            distance = np.bitwise_count(bits[start : start + 1024, None] ^ bits[None, start:])
+            i, j = np.nonzero(distance <= max_distance)
+            i, j, d = i[j > i], j[j > i], distance[i[j > i], j[j > i]]
+            found.append(
+                np.stack([readable[i + start], readable[j + start], d.astype(int)], axis=1)
+            )
+        pairs = pd.DataFrame(np.concatenate(found), columns=pairs.columns)
+    pairs = pairs.sort_values(["distance", "first", "second"], ignore_index=True)
+    pairs.attrs["unreadable"] = errors
+    return pairs
+
+
+# ---------------------------------------------------------------- data
+
+
+def open_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> Image.Image:
+    """Open an image upright and as 8-bit RGB, decoding no more pixels than needed.
+
+    Args:
+        path: any format Pillow reads; CMYK, 16-bit, grey and transparent (on white) are converted.
+        size: height and width in pixels that are wanted at least. A JPEG is then decoded at 1/2,
+            1/4 or 1/8 of its size where that still is enough.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: the file is truncated or no image; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            if size is not None and image.format == "JPEG":
+                turned = image.getexif().get(0x0112, 1) >= 5  # Orientation swaps width and height
+                image.draft("RGB", size if turned else size[::-1])
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image; check the folder or the CSV.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(
+            f"{path}: cannot be read as an image ({error}); replace it or leave it out."
+        ) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, convert() would clip
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+class RandomHorizontalRoll(v2.Transform):
+    """Turn a whole panorama by a random angle: columns leaving on the right re-enter left.
+
+    Args:
+        view: "panorama". A half does not wrap, rolling it would draw a seam that is not there.
+
+    Raises:
+        ValueError: `view` is "half".
+    """
+
+    def __init__(self, view: str) -> None:
+        super().__init__()
+        if view != "panorama":
+            raise ValueError(
+                f"view={view!r}: only whole panoramas wrap; halves must not be rolled."
+            )
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"turn": float(torch.rand(()))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return torch.roll(inpt, round(params["turn"] * inpt.shape[-1]), dims=-1)
+
+
+def make_transforms(
+    model: nn.Module, train: bool, view: str = "half", crop_scale: tuple[float, float] = (0.7, 1.0)
+) -> v2.Compose:
+    """Return PIL image → normalised float tensor (3, H, W) of the size that `model` takes.
+
+    The whole picture is squeezed to that size, never cropped at its centre: labels may lie
+    anywhere. Training adds a random crop, flip and light colour jitter, and for "panorama" a true
+    roll.
+    """
+    config = model.data_config
+    size, mode = config["input_size"][1:], v2.InterpolationMode(config["interpolation"])
+    steps: list[nn.Module] = [v2.ToImage()]
+    if train:
+        steps += [RandomHorizontalRoll(view)] if view == "panorama" else []
+        steps += [v2.RandomResizedCrop(size, crop_scale, interpolation=mode, antialias=True)]
+        steps += [v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)]
+    else:
+        steps += [v2.Resize(size, interpolation=mode, antialias=True)]
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+    return v2.Compose(steps)
+
+
+def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
+    """Return the height and width that suffice for the first resizing step of `transform`."""
+    for step in getattr(transform, "transforms", []):
+        if isinstance(step, v2.RandomResizedCrop):
+            return tuple(int(np.ceil(side / step.scale[0] ** 0.5)) for side in step.size)
+        if isinstance(step, v2.Resize) and len(step.size) == 2:
+            return tuple(step.size)
+    return None
+
+
+class DataPartition(Dataset):
+    """Images and targets of a partition.
+
+    Args:
+        df: `image_path` and the label columns.
+        label_columns: their order is the order of the targets.
+        transform: PIL image → tensor. JPEGs are decoded no larger than its resizing step needs.
+        cache_dir: keeps decoded, shrunk copies there, so that no photo is decoded twice.
+
+    An item is the image (3, H, W) and its targets (L,), float32 with NaN for unknown.
+    """
+
+    def __init__(
+        self,
+        df: pd.DataFrame,
+        label_columns: Sequence[str],
+        transform: Callable | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> None:
+        missing = [c for c in ("image_path", *label_columns) if c not in df.columns]
+        if missing:
+            raise ValueError(f"the partition has no column {_some(missing)}.")
+        self.paths = df["image_path"].astype(str).tolist()
+        self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
+        self.label_columns = list(label_columns)
+        self.targets = df[self.label_columns].to_numpy(np.float32)  # (N, L)
+        self.transform = transform
+        self.cache_dir = Path(cache_dir) if cache_dir else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
+        size = _needed_size(self.transform)
+        if self.cache_dir and size:
+            image = self._open_cached(self.paths[index], size)
+        else:
+            image = open_image(self.paths[index], size)
+        target = torch.from_numpy(self.targets[index])
+        return (self.transform(image) if self.transform else image), target
+
+    def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
+        try:
+            stamp = os.stat(path).st_mtime_ns
+        except FileNotFoundError:
+            return open_image(path, size)  # says what is wrong
+        key = hashlib.sha1(f"{os.path.abspath(path)}|{stamp}|{size}".encode()).hexdigest()
+        copy = self.cache_dir / key[:2] / f"{key}.npy"
+        if copy.exists():
+            return Image.fromarray(np.load(copy, allow_pickle=False))
+        image = open_image(path, size)
+        scale = max(size[0] / image.height, size[1] / image.width)
+        if scale < 1:
+            shrunk = (round(image.width * scale), round(image.height * scale))
+            image = image.resize(shrunk, Image.Resampling.BICUBIC)
+        with _replacing(copy) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.asarray(image), allow_pickle=False)
+        return image
+
+
+class TriStateMixup(Mixup):
+    """timm's MixUp/CutMix for multi-hot targets in which unknown cells (NaN) stay unknown.
+
+    A mixed cell is unknown if one of the two images contributes an unknown cell with weight > 0.
+    """
+
+    def __init__(self, num_labels: int, mixup_alpha: float, cutmix_alpha: float) -> None:
+        super().__init__(
+            mixup_alpha=mixup_alpha,
+            cutmix_alpha=cutmix_alpha,
+            label_smoothing=0.0,
+            num_classes=2 * num_labels,
+            multi_label=True,
+        )
+
+    def __call__(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = torch.cat([target.nan_to_num(0.0), target.isnan().float()], dim=1)  # (B, 2L)
+        x, both = super().__call__(x, both)
+        mixed, unknown = both.chunk(2, dim=1)
+        return x, mixed.masked_fill(unknown > 0, torch.nan)
+
+
+def make_loader(
+    dataset: Dataset,
+    batch_size: int,
+    train: bool = False,
+    num_workers: int = 0,
+    seed: int = 42,
+) -> DataLoader:
+    """Return a DataLoader; shuffling and the workers' random numbers follow from `seed`.
+
+    PyTorch gives each worker and epoch its own torch, numpy and python seed drawn from the
+    loader's generator, because workers are started anew each epoch.
+    """
+    return DataLoader(
+        dataset,
+        batch_size,
+        shuffle=train,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+# ---------------------------------------------------------------- model
+
+
+def build_model(
+    name: str,
+    num_labels: int,
+    head: str = "linear",
+    pretrained: bool | str | os.PathLike = True,
+    img_size: int | Sequence[int] | None = None,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """Build a timm backbone with a new head.
+
+    Args:
+        name: any timm model, e.g. "swinv2_base_window12to24_192to384".
+        num_labels: number of logits.
+        head: "linear".
+        pretrained: True (Hugging Face hub), False (random weights) or a state-dict file.
+        img_size: input height and width in pixels; None is the model's own.
+        **timm_kwargs: passed on, e.g. drop_rate or window_size.
+
+    Returns:
+        (B, 3, H, W) → logits (B, L). `.data_config` says how to prepare images, `.spec` how to
+        build the model again.
+
+    Raises:
+        ValueError: unknown model or head, a size the model cannot take, a file that does not fit.
+        RuntimeError: pretrained weights could not be had.
+    """
+    if head not in HEADS:
+        raise ValueError(f"head={head!r}: expected one of {_some(HEADS)}.")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+        raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
+    size = (
+        tuple(img_size) if isinstance(img_size, Sequence) else (img_size,) * 2 if img_size else None
+    )
+    kwargs = dict(timm_kwargs, num_classes=num_labels)
+    model = _create_model(name, size, kwargs)
+    if pretrained:
+        _load_pretrained(model, name, pretrained, num_labels)
+    config = resolve_model_data_config(model)
+    config["input_size"] = (3, *size) if size else config["input_size"]
+    model.data_config = {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
+    model.spec = {"model_name": name, "head": head, "num_labels": num_labels}
+    model.spec |= {
+        "img_size": list(model.data_config["input_size"][1:]),
+        "model_kwargs": timm_kwargs,
+    }
+    return model
+
+
+HEADS = ("linear",)
+
+
+def _create_model(name: str, size: tuple[int, int] | None, kwargs: dict) -> nn.Module:
+    if size is None:
+        return timm.create_model(name, **kwargs)
+    _check_img_size(name, size, kwargs)
+    try:
+        return timm.create_model(name, img_size=size, **kwargs)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(name, **kwargs)  # convolutional: takes any size
+
+
+def _fits(name: str, size: tuple[int, int], kwargs: dict) -> bool:
+    """Say whether no pixel is cut off and no window is padded at this input size."""
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, img_size=size, **kwargs)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return True
+        except (AssertionError, RuntimeError, ZeroDivisionError):
+            return False
+    stride = model.feature_info[-1]["reduction"] if getattr(model, "feature_info", None) else 1
+    windows = [
+        (resolution % window)
+        for block in model.modules()
+        if hasattr(block, "window_size") and hasattr(block, "input_resolution")
+        for resolution, window in zip(
+            block.input_resolution, timm.layers.to_2tuple(block.window_size)
+        )
+    ]
+    return not any(side % stride for side in size) and not any(windows)
+
+
+def _check_img_size(name: str, size: tuple[int, int], kwargs: dict) -> None:
+    if min(size) < 1:
+        raise ValueError(f"img_size={size}: expected a positive height and width.")
+    if _fits(name, size, kwargs):
+        return
+    nearest = []
+    for side in size:
+        below = (s for s in range(side, 7, -1) if s % 8 == 0 and _fits(name, (s, s), kwargs))
+        above = (
+            s for s in range(side, 2 * side + 512) if s % 8 == 0 and _fits(name, (s, s), kwargs)
+        )
+        nearest.append(sorted({next(below, None), next(above, None)} - {None}))
+    sides = " × ".join(" or ".join(map(str, sizes)) or "none" for sizes in nearest)
+    raise ValueError(
+        f"{name} cannot take {size[0]} × {size[1]} px (height × width): its patches or windows do"
+        f" not divide it; the nearest sizes are {sides}, or pass another window_size."
+    )
+
+
+def _load_pretrained(
+    model: nn.Module, name: str, source: bool | str | os.PathLike, num_labels: int
+) -> None:
+    module_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if source is True:
+        try:
+            timm.models.load_pretrained(model, num_classes=num_labels, filter_fn=module_filter)
+        except Exception as error:
+            raise RuntimeError(
+                f"the pretrained weights of {name} could not be loaded from the Hugging Face hub "
+                f"({type(error).__name__}: {str(error)[:200]}). Check the connection, give a local "
+                "weight file as PRETRAINED, or set PRETRAINED = False."
+            ) from error
+        return
+    path = Path(source)
+    if not path.is_file() or path.suffix in (".npz", ".npy"):
+        raise ValueError(f"{path}: no such weight file; give a state dict or PRETRAINED = False.")
+    own = model.state_dict()
+
+    def fitting(state: dict, model: nn.Module) -> dict:
+        state = module_filter(state, model) if module_filter else state
+        return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+
+    try:
+        result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=fitting)
+    except Exception as error:
+        raise ValueError(f"{path}: not a state dict that is safe to load ({error}).") from None
+    classifier = {f"{n}." for n, m in model.named_modules() if m is model.get_classifier()}
+    lost = [k for k in result.missing_keys if not k.startswith(tuple(classifier))]
+    lost = [k for k in lost if not k.endswith("num_batches_tracked")]  # files of old PyTorch
+    if lost:
+        raise ValueError(
+            f"{path}: lacks {len(lost)} of {len(own)} weights of {name}: {_some(lost)}."
+        )
+
+
+def gains_by_channels_last(model: nn.Module) -> bool:
+    """Say whether convolutions do the work; patch-embedding models gain nothing."""
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 8
+
+
+# ---------------------------------------------------------------- training
+
+
+def fast_precision() -> str:
+    """Return the accelerate precision that this device computes fast: "bf16", "fp16" or "no"."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if torch.backends.mps.is_available():
+        return "no"
+    cpu = torch.cpu.get_capabilities()
+    return "bf16" if any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16")) else "no"
+
+
+class MaskedLoss(nn.Module):
+    """A timm multi-label loss by name that leaves unknown (NaN) targets out.
+
+    "bce", "asl" and "db" are averaged over the known cells. "zlpr" and "twoway" compare labels with
+    each other: an unknown cell enters as a negative with logit -1e4, whose share in their
+    log-sum-exp is exactly zero.
+
+    Args:
+        name: "bce", "asl", "zlpr", "twoway" or "db".
+        targets: (N, L) training targets, from which class weights and counts are taken.
+        class_weights: None, "neg_pos", "inv_freq" or "effective_num" ("bce" and "asl").
+        soft: targets lie between 0 and 1 ("zlpr" and "twoway" refuse these).
+        **kwargs: passed to `timm.loss.create_classification_loss`, e.g. asl_gamma_neg.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        targets: np.ndarray,
+        class_weights: str | None = None,
+        soft: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        known = np.maximum((~np.isnan(targets)).sum(0), 1)
+        # One sample count for all labels, as timm expects: scale each label's rate to N images.
+        counts = np.nansum(targets, axis=0) / known * len(targets)
+        if class_weights is not None:
+            if class_weights not in CLASS_WEIGHT_METHODS:
+                raise ValueError(
+                    f"class_weights={class_weights!r}: expected {CLASS_WEIGHT_METHODS}."
+                )
+            kind, weights = compute_class_weights(counts, len(targets), class_weights)
+            kwargs[kind] = weights
+        if name == "db":
+            kwargs |= {"class_counts": counts, "num_samples": len(targets)}
+        loss = create_classification_loss(name, multi_label=True, soft_targets=soft, **kwargs)
+        self.averages_cells = name not in ("zlpr", "twoway")
+        if self.averages_cells:
+            loss.reduction = "none"
+        self.loss = loss
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        known = ~targets.isnan()
+        targets = targets.nan_to_num(0.0)
+        if not self.averages_cells:
+            return self.loss(logits.float().masked_fill(~known, -1e4), targets)
+        cells = self.loss(logits.float(), targets)  # (B, L)
+        return (cells * known).sum() / known.sum().clamp(min=1)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a training run; saved as config.json beside its results.
+
+    Rates are for one optimizer step, which sees batch_size × grad_accum_steps × processes images.
+    """
+
+    epochs: int = 30
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    layer_decay: float | None = None  # learning rate × layer_decay a layer towards the input
+    warmup_epochs: int = 2
+    grad_accum_steps: int = 1
+    clip_grad: float | None = 1.0
+    ema_decay: float | None = None
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    loss: str = "bce"
+    loss_kwargs: dict = field(default_factory=dict)
+    class_weights: str | None = None
+    patience: int = 10  # epochs without a better validation mAP
+    seed: int = 42
+    num_workers: int = 0
+    precision: str = "auto"  # "no", "bf16" or "fp16"
+    channels_last: bool | None = None  # None: where the backbone gains by it
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate", "grad_accum_steps", "patience"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
+
+
+class Trainer:
+    """Fine-tune a model on a training partition, keeping the weights of the best validation mAP.
+
+    `run_dir` receives config.json, history.csv (a row an epoch), best_model.pt and last/, the
+    complete resume point. Every epoch's random numbers follow from (seed, epoch), so a run that was
+    stopped and resumed ends like one that was not. Works in one process or under
+    `accelerate launch` and `accelerate.notebook_launcher`.
+
+    Args:
+        model: (B, 3, H, W) → logits (B, L).
+        train_set, val_set: partitions with the same labels.
+        config: see `TrainConfig`.
+        run_dir: made if missing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_set: DataPartition,
+        val_set: DataPartition,
+        config: TrainConfig,
+        run_dir: str | os.PathLike,
+    ) -> None:
+        if train_set.label_columns != val_set.label_columns:
+            raise ValueError("training and validation partitions have different labels or order.")
+        if not (val_set.targets >= 0.5).any():
+            raise ValueError("no label is present in the validation part: nothing to select by.")
+        self.config, self.run_dir, self.val_set = config, Path(run_dir), val_set
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        # accelerate keeps one global state a process; a notebook may train more than once.
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        precision = fast_precision() if config.precision == "auto" else config.precision
+        self.accelerator = Accelerator(
+            mixed_precision=precision, gradient_accumulation_steps=config.grad_accum_steps
+        )
+        set_seed(config.seed)
+        last = config.channels_last
+        self.channels_last = gains_by_channels_last(model) if last is None else last
+        model = model.to(self.accelerator.device)
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.ema = (
+            ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        )
+        if config.compile:
+            model.compile()
+        optimizer = create_optimizer_v2(
+            model,
+            "adamw",
+            config.learning_rate,
+            config.weight_decay,
+            layer_decay=config.layer_decay,
+        )
+        mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
+        soft = mixes or bool(((train_set.targets > 0) & (train_set.targets < 1)).any())
+        self.criterion = MaskedLoss(
+            config.loss, train_set.targets, config.class_weights, soft, **config.loss_kwargs
+        ).to(self.accelerator.device)
+        n_labels = len(train_set.label_columns)
+        mix = TriStateMixup(n_labels, config.mixup_alpha, config.cutmix_alpha) if mixes else None
+        self.mixup = mix
+        loader = make_loader(train_set, config.batch_size, True, config.num_workers, config.seed)
+        self.generator = loader.generator
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        self.steps_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            "cosine",
+            num_epochs=config.epochs,
+            warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
+            warmup_lr=0.0,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps_per_epoch,
+        )
+        self.epoch, self.step, self.best, self.history = 0, 0, -np.inf, []
+
+    def fit(self) -> pd.DataFrame:
+        """Train from the start and return the history; the model then holds the best weights.
+
+        A KeyboardInterrupt (the stop button) ends training early and keeps the best weights.
+        """
+        if self.accelerator.is_main_process:
+            for old in ("last", "last.tmp"):
+                shutil.rmtree(self.run_dir / old, ignore_errors=True)
+            _write_json(self.run_dir / "config.json", asdict(self.config))
+        return self._run()
+
+    def resume(self) -> pd.DataFrame:
+        """Go on from last/ and return the whole history.
+
+        Raises:
+            FileNotFoundError: no complete resume point.
+            ValueError: the run was made with other settings.
+        """
+        places = [self.run_dir / "last", self.run_dir / "last.tmp"]
+        last = next((p for p in places if (p / "trainer.json").is_file()), None)
+        if last is None:
+            raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
+        saved = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
+        free = {"patience", "num_workers", "compile"}
+        changed = [k for k, v in asdict(self.config).items() if saved.get(k) != v and k not in free]
+        if changed:
+            raise ValueError(
+                f"{self.run_dir} was trained with another {_some(changed)}; restore it to resume,"
+                " or call fit() to start again."
+            )
+        self.accelerator.load_state(str(last))
+        if self.ema is not None:
+            weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
+            self.ema.module.load_state_dict(weights)
+        state = json.loads((last / "trainer.json").read_text(encoding="utf-8"))
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.history = state["history"]
+        return self._run()
+
+    def predict(self, dataset: DataPartition, weights: str = "current") -> np.ndarray:
+        """Return probabilities (N, L) in the order of `dataset`.
+
+        Args:
+            dataset: its transform should be the one for evaluation.
+            weights: "current", or "ema" for the moving average.
+        """
+        model = self.ema.module if weights == "ema" else self.model
+        model.eval()
+        loader = make_loader(dataset, self.config.batch_size, num_workers=self.config.num_workers)
+        loader = self.accelerator.prepare_data_loader(loader)
+        logits = []
+        with torch.inference_mode(), self.accelerator.autocast():
+            for images, _ in loader:
+                logits.append(self.accelerator.gather_for_metrics(model(self._arrange(images))))
+        return torch.cat(logits).float().sigmoid().cpu().numpy()
+
+    def _arrange(self, images: torch.Tensor) -> torch.Tensor:
+        if self.channels_last:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def _run(self) -> pd.DataFrame:
+        """Train the remaining epochs."""
+        config, main = self.config, self.accelerator.is_main_process
+        total = config.epochs * len(self.loader)
+        done = self.epoch * len(self.loader)
+        bar = tqdm(total=total, initial=done, desc="training", leave=False, disable=not main)
+        try:
+            with bar:
+                while self.epoch < config.epochs and self._waited() < config.patience:
+                    self._run_epoch(bar)
+        except KeyboardInterrupt:
+            print(
+                f"Stopped in epoch {self.epoch + 1}; finished epochs are kept in {self.run_dir}."
+                " Trainer.resume() goes on from there."
+            )
+        self.accelerator.wait_for_everyone()
+        best = self.run_dir / "best_model.pt"
+        if self.history and best.is_file():
+            weights = torch.load(best, map_location="cpu", weights_only=True)
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False).load_state_dict(
+                weights
+            )
+        return pd.DataFrame(self.history)
+
+    def _waited(self) -> int:
+        """Return the number of epochs since the best one."""
+        scores = [row["val_mAP"] for row in self.history]
+        return len(scores) - 1 - int(np.argmax(scores)) if scores else 0
+
+    def _run_epoch(self, bar: tqdm) -> None:
+        start = time.perf_counter()
+        train_loss = self._train_epoch(bar)
+        seconds = time.perf_counter() - start
+        weights = "ema" if self.ema is not None else "current"
+        probs = self.predict(self.val_set, weights)
+        score = mean_average_precision(self.val_set.targets, probs)
+        self.epoch += 1
+        row = {"epoch": self.epoch, "step": self.step, "learning_rate": self._learning_rate()}
+        row |= {"train_loss": train_loss, "val_loss": self._val_loss(probs), "val_mAP": score}
+        row |= {"seconds": seconds, "images_per_second": len(self.loader.dataset) / seconds}
+        self.history.append(row)
+        if score > self.best:
+            self.best = score
+            self._save_best()
+        self._save_last()
+        bar.set_postfix(epoch=self.epoch, loss=f"{train_loss:.3f}", mAP=f"{score:.3f}")
+
+    def _learning_rate(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _val_loss(self, probs: np.ndarray) -> float:
+        probs = torch.from_numpy(probs).double().clamp(1e-7, 1 - 1e-7)
+        criterion = self.criterion.cpu()
+        loss = criterion(probs.logit().float(), torch.from_numpy(self.val_set.targets)).item()
+        self.criterion.to(self.accelerator.device)
+        return loss
+
+    def _train_epoch(self, bar: tqdm) -> float:
+        """Return the mean loss of one epoch."""
+        set_seed(self.config.seed + 7919 * (self.epoch + 1), device_specific=True)
+        self.generator.manual_seed(self.config.seed + 7919 * (self.epoch + 1))
+        self.model.train()
+        total, n_images = 0.0, 0
+        for images, targets in self.loader:
+            if self.mixup is not None and len(images) % 2 == 0:  # timm mixes pairs
+                images, targets = self.mixup(images, targets)
+            with self.accelerator.accumulate(self.model):
+                with self.accelerator.autocast():
+                    logits = self.model(self._arrange(images))
+                loss = self.criterion(logits, targets)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss became {loss.item()} in epoch {self.epoch + 1};"
+                        " lower learning_rate."
+                    )
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self._clip()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self._after_step()
+            total, n_images = total + loss.detach() * len(images), n_images + len(images)
+            bar.update()
+        return float(total) / n_images
+
+    def _clip(self) -> None:
+        if self.config.clip_grad:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+
+    def _after_step(self) -> None:
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.accelerator.unwrap_model(self.model), self.step)
+
+    def _save_best(self) -> None:
+        if self.accelerator.is_main_process:
+            model = self.ema.module if self.ema is not None else self.model
+            weights = self.accelerator.unwrap_model(model, keep_torch_compile=False).state_dict()
+            with _replacing(self.run_dir / "best_model.pt") as temporary:
+                torch.save(
+                    {k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary
+                )
+
+    def _save_last(self) -> None:
+        """Write last/ under another name, its trainer.json last, then rename it."""
+        last, temporary = self.run_dir / "last", self.run_dir / "last.tmp"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        if self.accelerator.is_main_process:
+            if self.ema is not None:
+                torch.save(self.ema.module.state_dict(), temporary / "ema.pt")
+            state = {"epoch": self.epoch, "step": self.step, "best": self.best}
+            _write_json(temporary / "trainer.json", {**state, "history": self.history})
+            shutil.rmtree(last, ignore_errors=True)
+            os.replace(temporary, last)
+            with _replacing(self.run_dir / "history.csv") as path:
+                pd.DataFrame(self.history).to_csv(path, index=False)
+        self.accelerator.wait_for_everyone()
+
+
+# ---------------------------------------------------------------- scores
+
+
+def _average_precision(targets: np.ndarray, probs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return AP = Σ (R_k - R_{k-1}) P_k for each row of weights and label, (R, L).
+
+    As sklearn.metrics.average_precision_score with sample_weight, for all weights at once; ties
+    count as one cut. NaN for a label without positives.
+    """
+    result = np.full((len(weights), targets.shape[1]), np.nan)
+    for label in range(targets.shape[1]):
+        known = ~np.isnan(targets[:, label])
+        order = np.argsort(-probs[known, label], kind="stable")
+        p, y = probs[known, label][order], targets[known, label][order] >= 0.5
+        if not y.any():
+            continue
+        w = weights[:, known][:, order]
+        cut = np.append(p[1:] != p[:-1], True)
+        tp = np.cumsum(w * y, axis=1)[:, cut]
+        predicted = np.cumsum(w, axis=1)[:, cut]
+        gained = np.diff(tp, axis=1, prepend=0)
+        with np.errstate(invalid="ignore"):
+            result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(1) / tp[:, -1]
+    return result
+
+
+def mean_average_precision(targets: np.ndarray, probs: np.ndarray) -> float:
+    """Return the mean AP over the labels that are present at least once; NaN if none is."""
+    ap = _average_precision(targets, probs, np.ones((1, len(targets))))
+    return float(np.nanmean(ap)) if np.isfinite(ap).any() else float("nan")
+
+
+def _replicates(
+    targets: np.ndarray,
+    probs: np.ndarray,
+    thresholds: float | Sequence[float],
+    groups: Sequence | None,
+    n_bootstrap: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
+    targets, probs = np.asarray(targets, float), np.asarray(probs, float)
+    known, true = ~np.isnan(targets), targets >= 0.5
+    predicted = probs >= np.asarray(thresholds, float)
+    index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
+    n_groups = index.max() + 1
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_bootstrap)
+    weights = np.vstack([np.ones(n_groups), drawn])[:, index]  # (1 + n_bootstrap, N)
+    chunks = np.array_split(weights, max(1, weights.size // 20_000_000))
+    scores = {"AP": np.vstack([_average_precision(targets, probs, chunk) for chunk in chunks])}
+    tp, fp, fn = (
+        weights @ cells
+        for cells in (
+            (known & true & predicted).astype(float),
+            (known & ~true & predicted).astype(float),
+            (known & true & ~predicted).astype(float),
+        )
+    )  # each (1 + n_bootstrap, L)
+    wrong = known & (true != predicted)
+    judged = known.any(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scores["precision"] = tp / (tp + fp)
+        scores["recall"] = tp / (tp + fn)
+        scores["F1"] = np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan)
+        scores["micro F1"] = 2 * tp.sum(1) / (2 * tp + fp + fn).sum(1)
+        scores["Hamming loss"] = weights @ wrong.sum(1) / (weights @ known.sum(1))
+        scores["exact match"] = weights @ (judged & ~wrong.any(1)) / (weights @ judged)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # labels that no bootstrap sample shows
+        scores["mAP"] = np.nanmean(scores["AP"], axis=1)
+        scores["macro F1"] = np.nanmean(scores["F1"], axis=1)
+    return scores
+
+
+def _interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    if len(values) < 2:
+        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return tuple(np.nanquantile(values[1:], [(1 - level) / 2, (1 + level) / 2], axis=0))
+
+
+def score_labels(
+    targets: np.ndarray,
+    probs: np.ndarray,
+    label_columns: Sequence[str],
+    thresholds: float | Sequence[float] = 0.5,
+    groups: Sequence | None = None,
+    n_bootstrap: int = 500,
+    seed: int = 42,
+) -> pd.DataFrame:
+    """Score each label on the cells that somebody judged.
+
+    Args:
+        targets: (N, L), NaN for unknown; soft targets count as present from 0.5.
+        probs: (N, L).
+        label_columns: L names.
+        thresholds: present means prob >= threshold; one for all or one a label.
+        groups: (N,) groups that the bootstrap draws whole, e.g. panoramas; None draws rows.
+        n_bootstrap: bootstrap samples behind the 95 % intervals; 0 for none.
+        seed: of the bootstrap.
+
+    Returns:
+        A line a label: support (present), absent, unknown, AP, AP_low, AP_high, precision, recall,
+        F1, F1_low, F1_high, note. A label that is never present has NaN and "too few to judge".
+    """
+    scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
+    table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
+    table["support"], table["absent"] = (targets >= 0.5).sum(0), (targets < 0.5).sum(0)
+    table["unknown"] = np.isnan(targets).sum(0)
+    for name in ("AP", "precision", "recall", "F1"):
+        table[name] = scores[name][0]
+        if name in ("AP", "F1"):
+            table[f"{name}_low"], table[f"{name}_high"] = _interval(scores[name])
+    table["note"] = np.where(table["support"] > 0, "", "too few to judge")
+    return table
+
+
+def summarize_scores(
+    targets: np.ndarray,
+    probs: np.ndarray,
+    thresholds: float | Sequence[float] = 0.5,
+    groups: Sequence | None = None,
+    n_bootstrap: int = 500,
+    seed: int = 42,
+) -> pd.DataFrame:
+    """Score all labels together; arguments as in `score_labels`.
+
+    Returns:
+        value, low, high (95 %) and labels (how many of L were judged) for mAP, macro F1, micro F1,
+        Hamming loss (share of wrong cells) and exact match (share of images whose known cells are
+        all right).
+    """
+    scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
+    names = ["mAP", "macro F1", "micro F1", "Hamming loss", "exact match"]
+    rows = [(scores[n][0], *_interval(scores[n])) for n in names]
+    table = pd.DataFrame(
+        rows, columns=["value", "low", "high"], index=pd.Index(names, name="score")
+    )
+    n_judged, n_labels = int(np.isfinite(scores["AP"][0]).sum()), targets.shape[1]
+    return table.assign(labels=f"{n_judged} of {n_labels}")
+
+
+def _best_cuts(
+    probs: np.ndarray, targets: np.ndarray, beta: float, min_precision: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best threshold and its score for each row of (L, N) arrays."""
+    known = ~np.isnan(targets)
+    p = np.where(known, probs, -1.0)  # unknown cells sort behind everything
+    order = np.argsort(-p, axis=1)
+    p = np.take_along_axis(p, order, 1)
+    tp = np.cumsum(np.take_along_axis(targets >= 0.5, order, 1), axis=1)
+    n = np.cumsum(np.take_along_axis(known, order, 1), axis=1)
+    score = (1 + beta**2) * tp / np.maximum(beta**2 * tp[:, -1:] + n, 1)
+    if min_precision is not None:
+        recall = tp / np.maximum(tp[:, -1:], 1)
+        score = np.where((tp >= min_precision * n) & (tp > 0), recall, -1.0)
+    below = np.concatenate([p[:, 1:], np.full((len(p), 1), -1.0)], axis=1)
+    score = np.where((p > below) & (p >= 0), score, -1.0)  # a cut lies between two values
+    best = score.argmax(1)[:, None]
+    upper = np.take_along_axis(p, best, 1)[:, 0]
+    lower = np.maximum(np.take_along_axis(below, best, 1)[:, 0], 0)
+    middle = (upper + lower) / 2
+    return np.where(middle > lower, middle, upper), np.take_along_axis(score, best, 1)[:, 0]
+
+
+def find_optimal_thresholds(
+    probs: np.ndarray,
+    targets: np.ndarray,
+    label_columns: Sequence[str],
+    mode: str = "per_label",
+    beta: float = 1.0,
+    min_precision: float | None = None,
+    min_positives: int = 5,
+) -> pd.DataFrame:
+    """Find the thresholds with the highest F-beta, exactly, among all cuts between probabilities.
+
+    Choose them on validation and report on test.
+
+    Args:
+        probs, targets: (N, L); NaN targets are left out.
+        label_columns: L names.
+        mode: "per_label", or "global" for one threshold for all.
+        beta: weight of recall against precision.
+        min_precision: instead, the highest recall at this precision or better.
+        min_positives: a label with fewer falls back to the global threshold.
+
+    Returns:
+        A line a label: threshold (present means prob >= threshold), score on the given data,
+        positives and source: "own", "global" or why it fell back.
+    """
+    if mode not in ("per_label", "global"):
+        raise ValueError(f"mode={mode!r}: expected 'per_label' or 'global'.")
+    probs, targets = np.asarray(probs, float).T, np.asarray(targets, float).T  # (L, N)
+    if np.isnan(probs).any():
+        raise ValueError("probs holds NaN; leave out the images that could not be read.")
+    whole, whole_score = _best_cuts(
+        probs.reshape(1, -1), targets.reshape(1, -1), beta, min_precision
+    )
+    fallback = whole[0] if whole_score[0] >= 0 else 0.5
+    own, score = _best_cuts(probs, targets, beta, min_precision)
+    positives = (targets >= 0.5).sum(1)
+    source = np.where(
+        positives < min_positives, f"global: fewer than {min_positives} positives", "own"
+    )
+    source = np.where((score < 0) & (source == "own"), "global: precision not reached", source)
+    source = np.full(len(source), "global") if mode == "global" else source
+    is_own = source == "own"
+    return pd.DataFrame(
+        {
+            "threshold": np.where(is_own, own, fallback),
+            "score": np.where(is_own, score, np.nan),
+            "positives": positives,
+            "source": source,
+        },
+        index=pd.Index(label_columns, name="label"),
+    )
+
+
+def to_panorama_level(
+    df: pd.DataFrame, label_columns: Sequence[str], probs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Combine halves to panoramas: targets (P, L) as `combine_halves`, the higher probability.
+
+    Returns:
+        targets and probs, one row a panorama, in order of first appearance.
+    """
+    images = df["image_path"].rename("image")
+    targets = combine_halves(pd.concat([images, df[list(label_columns)]], axis=1))
+    panorama = images.map(lambda path: _HALF.sub("", str(Path(path).with_suffix(""))))
+    highest = pd.DataFrame(probs).groupby(panorama.to_numpy(), sort=False).max()
+    return targets[list(label_columns)].to_numpy(float), highest.to_numpy()
+
+
+# ---------------------------------------------------------------- classifier
+
+
+class _Views(Dataset):
+    """Images, paths or arrays as the views a model sees: (V, 3, H, W), or what went wrong."""
+
+    def __init__(self, images: Sequence[Any], transform: Callable, halves: bool) -> None:
+        self.images, self.transform, self.halves = images, transform, halves
+        self.size = _needed_size(transform)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _open(self, item: Any) -> Image.Image:
+        if isinstance(item, (str, os.PathLike)):
+            height, width = self.size
+            return open_image(item, (height, 2 * width if self.halves else width))
+        return _to_rgb(item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item)))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        try:
+            image = self._open(self.images[index])
+            width, height = image.size
+            if self.halves and abs(width - 2 * height) > 0.02 * width:
+                raise OSError(f"{self.images[index]}: {width} × {height} px is no 2:1 panorama.")
+        except OSError as error:
+            return torch.full((1 + self.halves, 3, *self.size), torch.nan), str(error)
+        boxes = [(0, 0, width // 2, height), (width // 2, 0, width, height)]
+        parts = [image.crop(box) for box in boxes] if self.halves else [image]
+        return torch.stack([self.transform(part) for part in parts]), ""
+
+
+class Classifier:
+    """A trained model with its labels, thresholds and view, ready to use.
+
+    Args:
+        model: from `build_model`.
+        labels: in the order of the logits.
+        thresholds: one a label; present means prob >= threshold.
+        view: "half" or "panorama", what the model was trained on.
+        panorama_thresholds: for whole panoramas answered by a half model; None: `thresholds`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Sequence[str],
+        thresholds: Sequence[float],
+        view: str = "half",
+        panorama_thresholds: Sequence[float] | None = None,
+    ) -> None:
+        if view not in ("half", "panorama"):
+            raise ValueError(f"view={view!r}: expected 'half' or 'panorama'.")
+        if not len(labels) == len(thresholds) == model.spec["num_labels"]:
+            raise ValueError(
+                f"{len(labels)} labels, {len(thresholds)} thresholds and {model.spec['num_labels']}"
+                " logits do not match."
+            )
+        self.labels, self.view = list(labels), view
+        self.thresholds = np.asarray(thresholds, float)
+        own = self.thresholds if panorama_thresholds is None else panorama_thresholds
+        self.panorama_thresholds = np.asarray(own, float)
+        accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        self.device = next((name for name, found in accelerators.items() if found), "cpu")
+        self.model = model.to(self.device).eval()
+        self.transform = make_transforms(model, train=False)
+
+    def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
+        """Write best_model.pt and best_classifier.json, all it takes to load it again.
+
+        Args:
+            run_dir: made if missing.
+            metrics: validation scores to keep with it.
+        """
+        run_dir = Path(run_dir)
+        with _replacing(run_dir / "best_model.pt") as temporary:
+            torch.save({k: v.detach().cpu() for k, v in self.model.state_dict().items()}, temporary)
+            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        config = self.model.data_config
+        modules = (torch, torchvision, timm, np, pd)
+        content = {"format_version": FORMAT_VERSION, **self.model.spec, "labels": self.labels}
+        content |= {"thresholds": self.thresholds.tolist()}
+        content |= {"panorama_thresholds": self.panorama_thresholds.tolist(), "view": self.view}
+        content |= {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
+        content |= {"weights": "best_model.pt", "sha256": digest, "validation": metrics or {}}
+        content |= {"versions": {module.__name__: module.__version__ for module in modules}}
+        _write_json(run_dir / "best_classifier.json", content)
+        return run_dir / "best_classifier.json"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Classifier":
+        """Load best_classifier.json and the weights beside it; safe with files from strangers.
+
+        Raises:
+            FileNotFoundError: the file or its weights are missing.
+            ValueError: the file is no such description, or the weights are not those it names.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; run training.ipynb to make it.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            _check_description(content)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no valid best_classifier.json: {error}") from None
+        weights = path.parent / content["weights"]
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights}: missing; keep it beside {path.name}.")
+        if hashlib.sha256(weights.read_bytes()).hexdigest() != content["sha256"]:
+            raise ValueError(f"{weights}: not the file that {path.name} was saved with (sha256).")
+        keys = ("num_labels", "head", "img_size")
+        model = build_model(
+            content["model_name"],
+            **{k: content[k] for k in keys},
+            pretrained=False,
+            **content["model_kwargs"],
+        )
+        try:
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise ValueError(f"{weights}: does not fit {content['model_name']}: {error}") from None
+        model.data_config |= {k: content[k] for k in ("mean", "std", "interpolation")}
+        classifier = cls(
+            model,
+            content["labels"],
+            content["thresholds"],
+            content["view"],
+            content["panorama_thresholds"],
+        )
+        classifier.description = content
+        return classifier
+
+    def predict(
+        self, images: Any, batch_size: int = 32, num_workers: int = 0, unreadable: str = "raise"
+    ) -> pd.DataFrame:
+        """Classify images as they are.
+
+        Args:
+            images: a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
+            batch_size: images at once.
+            num_workers: processes that decode.
+            unreadable: "raise", or "skip" to leave files out; `.attrs["unreadable"]` lists them.
+
+        Returns:
+            A line an image: image, then a 0/1 decision a label, then LABEL_prob.
+        """
+        names, probs, errors = self._predict(images, False, batch_size, num_workers, unreadable)
+        table = self._table(probs[:, 0], self.thresholds)
+        table.insert(0, "image", names)
+        table.attrs["unreadable"] = errors
+        return table
+
+    def predict_panorama(
+        self, images: Any, batch_size: int = 16, num_workers: int = 0, unreadable: str = "raise"
+    ) -> pd.DataFrame:
+        """Classify whole 2:1 panoramas; arguments as in `predict`.
+
+        Returns:
+            As `predict`, with a column part. A model of halves answers for "left", "right" and
+            "panorama": there a label's probability is the higher of both halves and the decision
+            uses the thresholds tuned for panoramas. A model of panoramas answers once.
+        """
+        halves = self.view == "half"
+        names, probs, errors = self._predict(images, halves, batch_size, num_workers, unreadable)
+        whole = self.panorama_thresholds if halves else self.thresholds
+        tables = [self._table(probs[:, i], self.thresholds) for i in range(2 if halves else 0)]
+        tables.append(self._table(probs.max(1), whole))
+        parts = ["left", "right", "panorama"] if halves else ["panorama"]
+        for part, table in zip(parts, tables):
+            table.insert(0, "image", names)
+            table.insert(1, "part", part)
+        table = pd.concat(tables).sort_index(kind="stable").reset_index(drop=True)
+        table.attrs["unreadable"] = errors
+        return table
+
+    def _predict(
+        self, images: Any, halves: bool, batch_size: int, num_workers: int, unreadable: str
+    ) -> tuple[list[str], np.ndarray, list[str]]:
+        """Return names, probabilities (N, V, L) and error messages."""
+        items = _as_items(images)
+        named = [isinstance(item, (str, os.PathLike)) for item in items]
+        names = [str(x) if path else f"image {i}" for i, (x, path) in enumerate(zip(items, named))]
+        loader = make_loader(_Views(items, self.transform, halves), batch_size, False, num_workers)
+        bar = tqdm(loader, desc="classifying", leave=False, disable=len(loader) < 3)
+        probs, errors = [np.empty((0, 1 + halves, len(self.labels)))], []
+        precision = fast_precision()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        with torch.inference_mode(), torch.autocast(self.device, dtype, enabled=precision != "no"):
+            for views, messages in bar:
+                errors += [message for message in messages if message]
+                if errors and unreadable == "raise":
+                    raise OSError(errors[0])
+                logits = self.model(views.flatten(0, 1).to(self.device))
+                probs.append(logits.float().sigmoid().unflatten(0, views.shape[:2]).cpu().numpy())
+        probs = np.concatenate(probs)
+        good = ~np.isnan(probs).any((1, 2))
+        return [name for name, ok in zip(names, good) if ok], probs[good], errors
+
+    def _table(self, probs: np.ndarray, thresholds: np.ndarray) -> pd.DataFrame:
+        decisions = pd.DataFrame((probs >= thresholds).astype(int), columns=self.labels)
+        return decisions.join(pd.DataFrame(probs, columns=[f"{name}_prob" for name in self.labels]))
+
+
+def _as_items(images: Any) -> list[Any]:
+    if isinstance(images, (list, tuple, pd.Series)):
+        return [item for image in images for item in _as_items(image)]
+    if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
+        return list_images(images)
+    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+        return [images]
+    raise TypeError(f"{type(images).__name__}: expected an image, an array, a path or a folder.")
+
+
+def _check_description(content: dict) -> None:
+    """Refuse a best_classifier.json that is broken or would reach outside its folder."""
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format_version {content['format_version']}, expected {FORMAT_VERSION}.")
+    needed = {"model_name": str, "head": str, "num_labels": int, "labels": list, "thresholds": list}
+    needed |= {"weights": str, "sha256": str, "view": str, "model_kwargs": dict, "img_size": list}
+    needed |= {"panorama_thresholds": list, "mean": list, "std": list, "interpolation": str}
+    for key, kind in needed.items():
+        if not isinstance(content[key], kind):
+            raise ValueError(f"{key} should be a {kind.__name__}.")
+    if Path(content["weights"]).name != content["weights"] or "\\" in content["weights"]:
+        raise ValueError("weights must be a file name beside it, not a path.")
+    if not timm.is_model(content["model_name"]):
+        raise ValueError(f"timm has no model {content['model_name']!r}.")
+    reaching = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+    if reaching & set(content["model_kwargs"]):
+        raise ValueError(
+            f"model_kwargs may not hold {_some(reaching & set(content['model_kwargs']))}."
+        )
+
+
+# ---------------------------------------------------------------- plots
+
+
+def show_images(
+    images: Sequence[Any], titles: Sequence[str] | None = None, columns: int = 4, width: float = 2.6
+) -> plt.Figure:
+    """Draw images (paths, PIL, arrays or normalised tensors) in a grid `columns` wide.
+
+    Args:
+        images: tensors (3, H, W) are stretched to their own range of values.
+        titles: one an image.
+        columns: images a row.
+        width: inches an image.
+    """
+    pictures = [_as_picture(image) for image in images]
+    rows = -(-len(pictures) // columns)
+    height = width * max(p.shape[0] / p.shape[1] for p in pictures)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(columns * width, rows * (height + 0.35)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, title in zip(axes.flat, pictures, titles or [""] * len(pictures)):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=8)
+    return figure
+
+
+def _as_picture(image: Any) -> np.ndarray:
+    if isinstance(image, torch.Tensor):
+        low, high = image.amin((1, 2), True), image.amax((1, 2), True)
+        return ((image - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).numpy()
+    if isinstance(image, (str, os.PathLike)):
+        image = open_image(image, (384, 384))
+    return np.asarray(image)
+
+
+def plot_history(history: pd.DataFrame) -> plt.Figure:
+    """Draw the losses and the validation mAP of a training run, with its best epoch."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for column in ("train_loss", "val_loss"):
+        sns.lineplot(history, x="epoch", y=column, ax=left, label=column)
+    sns.lineplot(history, x="epoch", y="val_mAP", ax=right, color="tab:green")
+    best = history.loc[history["val_mAP"].idxmax()]
+    right.axvline(best["epoch"], ls=":", color="grey")
+    right.set_title(f"best: {best['val_mAP']:.3f} in epoch {best['epoch']:.0f}")
+    left.set(ylabel="loss", title="loss")
+    return figure
