@@ -627,7 +627,7 @@ def _image_hash(path: str | os.PathLike) -> np.ndarray | str:
 
 def find_near_duplicates(
     paths: Sequence[str | os.PathLike],
-    max_distance: int = 6,
+    max_distance: int = 8,
     unreadable: str = "raise",
     n_jobs: int = -1,
 ) -> pd.DataFrame:
@@ -801,7 +801,7 @@ class DataPartition(Dataset):
             image = self._open_cached(self.paths[index], size)
         else:
             image = open_image(self.paths[index], size)
-        target = torch.from_numpy(self.targets[index])
+        target = torch.tensor(self.targets[index])
         return (self.transform(image) if self.transform else image), target
 
     def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
@@ -846,11 +846,7 @@ class TriStateMixup(Mixup):
 
 
 def make_loader(
-    dataset: Dataset,
-    batch_size: int,
-    train: bool = False,
-    num_workers: int = 0,
-    seed: int = 42,
+    dataset: Dataset, batch_size: int, train: bool = False, num_workers: int = 0, seed: int = 42
 ) -> DataLoader:
     """Return a DataLoader; shuffling and the workers' random numbers follow from `seed`.
 
@@ -1258,7 +1254,8 @@ class Trainer:
         config, main = self.config, self.accelerator.is_main_process
         total = config.epochs * len(self.loader)
         done = self.epoch * len(self.loader)
-        bar = tqdm(total=total, initial=done, desc="training", leave=False, disable=not main)
+        hidden = {} if main else {"disable": True}  # leaves TQDM_DISABLE to the user
+        bar = tqdm(total=total, initial=done, desc="training", leave=False, **hidden)
         try:
             with bar:
                 while self.epoch < config.epochs and self._waited() < config.patience:
@@ -1306,7 +1303,7 @@ class Trainer:
     def _val_loss(self, probs: np.ndarray) -> float:
         probs = torch.from_numpy(probs).double().clamp(1e-7, 1 - 1e-7)
         criterion = self.criterion.cpu()
-        loss = criterion(probs.logit().float(), torch.from_numpy(self.val_set.targets)).item()
+        loss = criterion(probs.logit().float(), torch.tensor(self.val_set.targets)).item()
         self.criterion.to(self.accelerator.device)
         return loss
 

@@ -64,7 +64,7 @@ SUN_RADIUS, GLOW_RADIUS = math.radians(3.5), math.radians(9)
 LILY_RANGE = 18.0
 LILY_CELL = 0.95  # metres; one pad at most grows in each cell of this size
 
-N_DAYS = 3
+N_DAYS = 6
 SOILS = {"mud": "#6d5a48", "sand": "#cdbd9c", "gravel": "#8f8f8e", "peat": "#4a3f38"}
 SEASONS = [("#5f9a3a", "#3c7a35"), ("#86a548", "#47793a"), ("#a9a255", "#6b7a35")]  # grass, leaves
 
@@ -297,9 +297,13 @@ def _heron() -> Image.Image:
     return image
 
 
+def _season(day: int) -> tuple[str, str]:
+    return SEASONS[day * len(SEASONS) // N_DAYS]
+
+
 def _draw_sprites(rng: np.random.Generator, day: int) -> dict[str, list[Image.Image]]:
-    grass, leaves = SEASONS[day]
-    autumn = [leaves, leaves, "#b5762c"] if day == N_DAYS - 1 else [leaves] * 3
+    grass, leaves = _season(day)
+    autumn = [leaves, leaves, "#b5762c"] if _season(day) is SEASONS[-1] else [leaves] * 3
     return {
         "conifer": [_conifer(rng, "#2f5f3c") for _ in range(3)],
         "round": [_round_tree(rng, color) for color in autumn],
@@ -331,7 +335,7 @@ def plan_survey(site_index: int, day: int, n_photos: int, seed: int = 42) -> Sur
     survey = Survey(
         site=site,
         day=day,
-        start=datetime(2024, 5 + 2 * day, 3 + 3 * site_index) + timedelta(seconds=int(hour * 3600)),
+        start=datetime(2024, 5 + day, 3 + 3 * site_index) + timedelta(seconds=int(hour * 3600)),
         direction=direction,
         mount=rng.uniform(-1, 1),
         weather=weather,
@@ -569,7 +573,7 @@ def _land_color(survey: Survey, ground: Ground, wet: Array, green: Array) -> Arr
     turns = ground.azimuth / (2 * np.pi) + np.zeros_like(grain)  # whole tiles fit around: no seam
     blades = _look_up(streaks, turns * 2 * len(streaks), ground.depression * 70)
     grass = 0.84 + 0.24 * blades + 0.09 * np.sin(3 * green) + 0.05 * grain
-    soil_color, grass_color = _rgb(SOILS[survey.site.soil]), _rgb(SEASONS[survey.day][0])
+    soil_color, grass_color = _rgb(SOILS[survey.site.soil]), _rgb(_season(survey.day)[0])
     return _mix(soil[..., None] * soil_color, grass[..., None] * grass_color, _ramp(green * 8))
 
 
@@ -860,11 +864,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def make_demo(
-    out_dir: str | Path,
-    n_panoramas: int = 240,
-    width: int = 1024,
-    seed: int = 42,
-    n_jobs: int = -1,
+    out_dir: str | Path, n_panoramas: int = 240, width: int = 1024, seed: int = 42, n_jobs: int = -1
 ) -> pd.DataFrame:
     """Draw the demo data set below out_dir and return its truth table.
 

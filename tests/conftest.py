@@ -1,0 +1,144 @@
+"""Order of the tests, and what several test files need."""
+
+import ast
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+matplotlib.use("Agg")  # not by environment variable: notebook kernels would inherit that
+
+NOTEBOOKS = [
+    "imagesplit",
+    "partitioning",
+    "training",
+    "csra",
+    "mldecoder",
+    "classifier",
+    "relabeling",
+    "pretraining",
+    "tuning",
+]
+
+
+def collection_rank(path: Path) -> int:
+    """Return 0 for test files, then 1, 2, ... for the notebooks in the order of the pipeline."""
+    if path.suffix != ".ipynb":
+        return 0
+    return 1 + (NOTEBOOKS.index(path.stem) if path.stem in NOTEBOOKS else len(NOTEBOOKS))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Unit tests first, then each notebook from its first to its last cell (a stable sort)."""
+    items.sort(key=lambda item: collection_rank(item.path))
+
+
+def _stands_alone(node: ast.stmt) -> bool:
+    """Say whether a statement only imports, defines, or sets an UPPER_CASE constant."""
+    if isinstance(node, ast.Assign):
+        return all(isinstance(t, ast.Name) and t.id.isupper() for t in node.targets)
+    if isinstance(node, ast.AnnAssign):
+        return isinstance(node.target, ast.Name) and node.target.id.isupper()
+    return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+
+
+def load_notebook_functions(notebook: str | Path) -> ModuleType:
+    """Return a module with the imports, functions, classes and constants of a notebook.
+
+    Nothing else of the notebook runs. A constant or a default that is computed from what was left
+    out is left out as well.
+
+    Args:
+        notebook: a name such as "imagesplit", or the path of a notebook.
+    """
+    path = Path(notebook)
+    path = path if path.suffix == ".ipynb" else ROOT / f"{notebook}.ipynb"
+    module = ModuleType(f"notebook_{path.stem}")
+    sys.modules[module.__name__] = module  # so that its classes can be pickled
+    for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        if cell.cell_type != "code":
+            continue
+        lines = cell.source.splitlines()
+        plain = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
+        for node in filter(_stands_alone, ast.parse(plain).body):
+            code = compile(ast.Module([node], []), f"{path.name}, cell {number}", "exec")
+            try:
+                exec(code, vars(module))
+            except NameError:
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    raise
+    return module
+
+
+@pytest.fixture(scope="session")
+def notebook_functions() -> Callable[[str], ModuleType]:
+    """Give `load_notebook_functions`, which reads each notebook once a session."""
+    loaded: dict[str, ModuleType] = {}
+
+    def load(name: str) -> ModuleType:
+        if name not in loaded:
+            loaded[name] = load_notebook_functions(name)
+        return loaded[name]
+
+    return load
+
+
+# A tiny Labelbox v2 export, put together by hand.
+
+
+def radio(question: str, option: str, *children: dict) -> dict:
+    """Answer a radio question; `children` are the answers nested below the option."""
+    return {"name": question, "radio_answer": {"name": option, "classifications": list(children)}}
+
+
+def checklist(question: str, *options: str | dict) -> dict:
+    """Tick options of a checklist; an option is its name or a whole answer object."""
+    ticked = [{"name": o, "classifications": []} if isinstance(o, str) else o for o in options]
+    return {"name": question, "checklist_answers": ticked}
+
+
+def text(question: str, content: str) -> dict:
+    return {"name": question, "text_answer": {"content": content}}
+
+
+def labelled(*answers: dict, by: str = "ann@example.invalid", skipped: bool = False) -> dict:
+    """What one annotator says about one image; give each its own `by`."""
+    return {
+        "id": f"label of {by}",
+        "label_details": {"created_by": by},
+        "performance_details": {"skipped": skipped},
+        "annotations": {"objects": [], "classifications": list(answers), "relationships": []},
+    }
+
+
+def data_row(image: str, *labels: dict, **projects: list[dict]) -> dict:
+    """One row: `labels` stand in project "wetland", more projects are given by keyword."""
+    named = {"wetland": list(labels), **projects} if labels or not projects else projects
+    return {
+        "data_row": {"id": f"row of {image}", "external_id": image},
+        "media_attributes": {"asset_type": "image"},
+        "projects": {f"id-{n}": {"name": n, "labels": found} for n, found in named.items()},
+    }
+
+
+@pytest.fixture
+def write_ndjson(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows (objects, or strings as they are) as an NDJSON file and return its path."""
+
+    def write(*rows: Any, name: str = "export.ndjson") -> Path:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path = tmp_path / name
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,262 @@
+"""Splitting by groups, label rates in the parts, and near-duplicates."""
+
+import itertools
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from data_utils import find_near_duplicates, group_stratified_split, label_distribution
+
+NAN = float("nan")
+PARTS = ["train", "val", "test"]
+
+
+def draw_rows(n_groups: int, seed: int, unknown: float = 0.0, labels: int = 12) -> pd.DataFrame:
+    """Two halves a group; a label's halves are correlated; positive rates from 3 to 40 %."""
+    rng = np.random.default_rng(seed)
+    shared = np.repeat(rng.random((n_groups, labels)), 2, axis=0)
+    own = rng.random((2 * n_groups, labels))
+    values = np.where(rng.random(own.shape) < 0.5, shared, own) < np.linspace(0.03, 0.4, labels)
+    values = np.where(rng.random(own.shape) < unknown, np.nan, values)
+    df = pd.DataFrame(values, columns=[f"label {i}" for i in range(labels)])
+    return df.assign(group_id=np.repeat(np.arange(n_groups), 2))
+
+
+def labels_in(df: pd.DataFrame) -> list[str]:
+    return [column for column in df.columns if column.startswith("label")]
+
+
+def assert_whole(parts: dict[str, pd.DataFrame], df: pd.DataFrame) -> None:
+    """Every row exactly once, unchanged, and no group in two parts."""
+    assert list(parts) == PARTS
+    pd.testing.assert_frame_equal(pd.concat(parts.values()).sort_index(), df)
+    for a, b in itertools.combinations(parts.values(), 2):
+        assert set(a["group_id"]).isdisjoint(b["group_id"])
+
+
+@st.composite
+def tables(draw):
+    """Rows of 3 to 40 groups of 1 to 4 rows with 1 to 5 labels, some unknown."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=3, max_size=40))
+    n_labels = draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    shape = (sum(sizes), n_labels)
+    values = (rng.random(shape) < draw(st.floats(0, 1))).astype(float)
+    values[rng.random(shape) < draw(st.sampled_from([0, 0.3, 1]))] = np.nan
+    df = pd.DataFrame(values, columns=[f"label {i}" for i in range(n_labels)])
+    df["group_id"] = np.repeat([f"g{i}" for i in range(len(sizes))], sizes)
+    return df.sample(frac=1, random_state=draw(st.integers(0, 100))).reset_index(drop=True)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(tables(), st.integers(0, 3))
+def test_groups_stay_whole_and_every_row_is_in_exactly_one_part(df, seed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # some labels are rare by design
+        parts = group_stratified_split(df, labels_in(df), seed=seed)
+        again = group_stratified_split(df, labels_in(df), seed=seed)
+    assert_whole(parts, df)
+    for name in PARTS:
+        pd.testing.assert_frame_equal(parts[name], again[name])
+        assert parts[name].index.is_monotonic_increasing
+
+
+@pytest.mark.filterwarnings("ignore:Labels present in fewer")
+@pytest.mark.parametrize("n_groups", [3, 4, 5, 7, 10])
+def test_no_part_is_empty_however_few_groups_there_are(n_groups):
+    df = pd.DataFrame({"group_id": range(n_groups), "label": np.arange(n_groups) % 2 * 1.0})
+    for seed in range(3):
+        parts = group_stratified_split(df, ["label"], seed=seed)
+        assert all(len(parts[name]) for name in PARTS)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("n_groups", "most"), [(2000, 0.2), (200, 2.5)])
+def test_largest_deviation_of_a_label_rate_in_any_part(n_groups, most, seed):
+    df = draw_rows(n_groups, seed)
+    parts = group_stratified_split(df, labels_in(df), seed=seed)
+    assert label_distribution(parts, labels_in(df))["deviation"].abs().max() <= most
+    assert_whole(parts, df)
+
+
+def test_parts_have_the_wished_sizes():
+    df = draw_rows(400, seed=3)
+    parts = group_stratified_split(df, labels_in(df), ratios=(6, 3, 1))
+    shares = [len(parts[name]) / len(df) for name in PARTS]
+    assert shares == pytest.approx([0.6, 0.3, 0.1], abs=0.02)
+
+
+def test_seed_decides_the_split_and_does_not_touch_the_global_generator():
+    df = draw_rows(60, seed=0, labels=3)
+    np.random.seed(5)  # noqa: NPY002 - the legacy generator is what must not be touched
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first = group_stratified_split(df, labels_in(df), seed=1)
+    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+    np.random.seed(6)  # noqa: NPY002
+    assert first["test"].index.equals(
+        group_stratified_split(df, labels_in(df), seed=1)["test"].index
+    )
+    other = group_stratified_split(df, labels_in(df), seed=2)
+    assert not first["test"].index.equals(other["test"].index)
+
+
+def test_unknown_cells_are_not_counted_as_absent():
+    df = draw_rows(600, seed=4, unknown=0.6, labels=4)
+    half = df["group_id"] < 300
+    df.loc[half, "label 0"] = np.where(df.loc[half, "label 1"].isna(), np.nan, 1.0)
+    parts = group_stratified_split(df, labels_in(df))
+    found = label_distribution(parts, labels_in(df))
+    assert found["deviation"].abs().max() <= 1.0  # rates among the known cells
+    assert found["unknown"].sum() == df[labels_in(df)].isna().sum().sum()
+
+
+def test_group_column_and_index_of_any_kind():
+    df = (
+        draw_rows(40, seed=1, labels=2).drop(columns="label 0").rename(columns={"group_id": "site"})
+    )
+    df["site"] = "site " + df["site"].astype(str)
+    df.index = [f"row {i}" for i in range(len(df))]
+    parts = group_stratified_split(df, labels_in(df), group_col="site")
+    pd.testing.assert_frame_equal(pd.concat(parts.values()).loc[df.index], df)
+    assert sum(parts[name]["site"].nunique() for name in PARTS) == 40
+
+
+def test_warns_of_labels_that_fewer_than_three_groups_show():
+    df = pd.DataFrame({"group_id": np.repeat(range(10), 2), "two": 0.0, "three": 0.0, "none": 0.0})
+    df.loc[[0, 1, 2], "two"] = 1  # three rows, but only the groups 0 and 1
+    df.loc[[0, 2, 4], "three"] = 1
+    with pytest.warns(UserWarning, match=r"fewer than 3 groups: two \(2\), none \(0\)\.") as caught:
+        parts = group_stratified_split(df, ["two", "three", "none"])
+    assert len(caught) == 1
+    assert_whole(parts, df)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group_stratified_split(df, ["three"])
+
+
+@pytest.mark.parametrize("ratios", [(0.8, 0.2), (0.8, 0.2, 0.0), (1.2, -0.1, -0.1), (1, 1, 1, 1)])
+def test_ratios_that_are_not_three_positive_numbers_are_refused(ratios):
+    df = draw_rows(10, seed=0, labels=1)
+    with pytest.raises(ValueError, match="three positive numbers"):
+        group_stratified_split(df, labels_in(df), ratios=ratios)
+
+
+@pytest.mark.filterwarnings("ignore:Labels present in fewer")
+def test_ratios_are_left_as_they_were():
+    ratios = np.array([7.0, 2.0, 1.0])
+    df = draw_rows(10, seed=0, labels=1)
+    group_stratified_split(df, labels_in(df), ratios=ratios)
+    assert ratios.tolist() == [7, 2, 1]
+
+
+def test_too_few_groups_and_rows_without_a_group_are_refused():
+    df = draw_rows(2, seed=0, labels=1)
+    with pytest.raises(ValueError, match="2 groups cannot fill 3 parts"):
+        group_stratified_split(df, labels_in(df))
+    df = draw_rows(10, seed=0, labels=1).astype({"group_id": float})
+    df.loc[[3, 4], "group_id"] = NAN
+    with pytest.raises(ValueError, match="2 rows have no group_id"):
+        group_stratified_split(df, labels_in(df))
+
+
+# ---------------------------------------------------------------- label_distribution
+
+
+def test_label_distribution_counts_a_hand_made_case():
+    parts = {
+        "train": pd.DataFrame({"Sun": [1, 1, 0, 0.0], "Sea": [1, NAN, NAN, 0.6], "x": "?"}),
+        "test": pd.DataFrame({"Sun": [1, 0, 0, 0.0], "Sea": [NAN, 0.4, 0, 1], "x": "?"}),
+    }
+    found = label_distribution(parts, ["Sun", "Sea"])
+    assert found[["label", "part", "present", "absent", "unknown"]].values.tolist() == [
+        ["Sun", "train", 2, 2, 0],
+        ["Sun", "test", 1, 3, 0],
+        ["Sea", "train", 2, 0, 2],
+        ["Sea", "test", 1, 2, 1],
+    ]
+    assert found["rate"].tolist() == pytest.approx([0.5, 0.25, 1, 1 / 3])
+    # overall 3 of 8 suns and 3 of 5 seas
+    assert found["deviation"].tolist() == pytest.approx([12.5, -12.5, 40, 100 / 3 - 60])
+
+
+def test_rate_of_a_label_that_nobody_judged_in_a_part_is_unknown():
+    parts = {"train": pd.DataFrame({"Sun": [1.0, 0.0]}), "test": pd.DataFrame({"Sun": [NAN]})}
+    found = label_distribution(parts, ["Sun"]).set_index("part")
+    assert found.loc["test", ["present", "absent", "unknown"]].tolist() == [0, 0, 1]
+    assert np.isnan(found.loc["test", "rate"]) and np.isnan(found.loc["test", "deviation"])
+    assert found.loc["train", "deviation"] == 0
+
+
+# ---------------------------------------------------------------- find_near_duplicates
+
+
+def scene(seed: int) -> Image.Image:
+    """A picture of random coloured discs."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (320, 320), tuple(rng.integers(0, 256, 3).tolist()))
+    draw = ImageDraw.Draw(image)
+    for _ in range(25):
+        x, y, r = rng.integers(0, 320), rng.integers(0, 320), rng.integers(15, 70)
+        color = tuple(rng.integers(0, 256, 3).tolist())
+        draw.ellipse([int(x - r), int(y - r), int(x + r), int(y + r)], fill=color)
+    return image
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """0 a picture, 1 re-encoded and smaller, 2 slightly cropped, 3 to 6 other pictures."""
+    image = scene(0)
+    copies = [image, image.resize((240, 240)), image.crop((3, 3, 317, 317))]
+    paths = []
+    for i, copy in enumerate([*copies, *(scene(seed) for seed in (1, 2, 3, 4))]):
+        paths.append(tmp_path / f"{i}.jpg")
+        copy.save(paths[-1], quality=60 if i == 1 else 90)
+    return paths
+
+
+def test_copies_are_found_and_different_pictures_are_not(pictures):
+    pairs = find_near_duplicates(pictures, n_jobs=1)
+    assert pairs.columns.tolist() == ["first", "second", "distance"]
+    assert {(a, b) for a, b in zip(pairs["first"], pairs["second"])} == {(0, 1), (0, 2), (1, 2)}
+    assert pairs["distance"].is_monotonic_increasing
+    assert pairs["distance"].max() <= 6
+    assert pairs.attrs["unreadable"] == []
+
+
+def test_max_distance_bounds_the_pairs(pictures):
+    every = find_near_duplicates(pictures, max_distance=64, n_jobs=1)
+    assert len(every) == 7 * 6 / 2
+    far = every.iloc[-1]["distance"]
+    assert len(find_near_duplicates(pictures, max_distance=far - 1, n_jobs=1)) < len(every)
+    same = find_near_duplicates([pictures[3], pictures[3]], max_distance=0, n_jobs=1)
+    assert same.values.tolist() == [[0, 1, 0]]
+
+
+def test_pairs_are_found_among_more_images_than_are_compared_at_once(pictures):
+    paths = [pictures[0]] + [pictures[3]] * 1099 + [pictures[1]]
+    pairs = find_near_duplicates(paths, max_distance=6, n_jobs=2)
+    assert ((pairs["first"] == 0) & (pairs["second"] == 1100)).sum() == 1
+    assert len(pairs) == 1 + 1099 * 1098 // 2
+
+
+def test_unreadable_files_are_named_or_skipped(pictures, tmp_path):
+    broken, gone = tmp_path / "broken.jpg", tmp_path / "gone.jpg"
+    broken.write_bytes(pictures[0].read_bytes()[:2000])
+    paths = [broken, *pictures[:2], gone]
+    with pytest.raises(OSError, match=r"2 images cannot be read: .*broken\.jpg.*gone\.jpg"):
+        find_near_duplicates(paths, n_jobs=1)
+    pairs = find_near_duplicates(paths, unreadable="skip", n_jobs=1)
+    assert pairs[["first", "second"]].values.tolist() == [[1, 2]]  # positions in `paths`
+    first, second = pairs.attrs["unreadable"]
+    assert "broken.jpg" in first and "gone.jpg" in second
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_images_have_no_pairs(pictures, n):
+    pairs = find_near_duplicates(pictures[:n], n_jobs=1)
+    assert pairs.empty and pairs.columns.tolist() == ["first", "second", "distance"]

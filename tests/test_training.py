@@ -1,0 +1,953 @@
+"""Losses with unknown cells, and every promise of the training loop."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import average_precision_score
+from torch import nn
+from torchvision.transforms import v2
+
+import data_utils as du
+
+ROOT = Path(__file__).resolve().parents[1]
+NAN = float("nan")
+LABELS = ["red", "green", "blue"]
+
+# ---------------------------------------------------------------- losses
+
+LOSSES = ["bce", "asl", "zlpr", "twoway", "db"]
+LOGITS = [[0.5, -1.2, 2.0], [-0.3, 0.8, -2.5], [1.5, 0.1, 0.4], [-0.7, -1.6, 0.9]]
+KNOWN = [[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 0]]
+PARTLY = [[1, NAN, 0], [NAN, 1, 0], [1, 1, NAN], [0, NAN, 0]]
+TRAINING = np.array(  # label counts 2, 4 and 5 of 8
+    [[1, 0, 1], [0, 1, 1], [1, 1, 0], [0, 0, 0], [0, 1, 1], [0, 0, 1], [0, 0, 1], [0, 1, 0]], float
+)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def softplus(x):
+    return math.log1p(math.exp(x)) if x < 30 else x
+
+
+def cells(targets):
+    """Yield (row, column, logit, target) of the known cells."""
+    for row, line in enumerate(targets):
+        for column, target in enumerate(line):
+            if not math.isnan(target):
+                yield row, column, LOGITS[row][column], target
+
+
+def bce(targets):
+    losses = [-math.log(sigmoid(x) if y else 1 - sigmoid(x)) for _, _, x, y in cells(targets)]
+    return sum(losses) / len(losses)
+
+
+def asl(targets):
+    """Ridnik et al. 2021 with γ+ 1, γ- 4 and margin 0.05."""
+    losses = []
+    for _, _, x, y in cells(targets):
+        p = sigmoid(x)
+        shifted = max(p - 0.05, 0)
+        losses.append(-(1 - p) * math.log(p) if y else -(shifted**4) * math.log(1 - shifted))
+    return sum(losses) / len(losses)
+
+
+def zlpr(targets):
+    """Su et al. 2022."""
+    total = 0
+    for row in range(len(targets)):
+        mine = [(x, y) for r, _, x, y in cells(targets) if r == row]
+        total += math.log(1 + sum(math.exp(x) for x, y in mine if not y))
+        total += math.log(1 + sum(math.exp(-x) for x, y in mine if y))
+    return total / len(targets)
+
+
+def twoway(targets):
+    """Kobayashi 2023 with temperatures 4 (present) and 1 (absent)."""
+    total = 0
+    for axis, size in ((0, len(targets)), (1, len(targets[0]))):
+        losses = []
+        for index in range(size):
+            mine = [(c[2], c[3]) for c in cells(targets) if c[axis] == index]
+            present, absent = [x for x, y in mine if y], [x for x, y in mine if not y]
+            if not present:
+                continue
+            hard_present = 4 * math.log(sum(math.exp(-x / 4) for x in present))
+            hard_absent = math.log(sum(math.exp(x) for x in absent)) if absent else -math.inf
+            losses.append(softplus(hard_absent + hard_present))
+        total += sum(losses) / len(losses)
+    return total
+
+
+def db(targets):
+    """Wu et al. 2020 with α 0.1, β 10, μ 0.2, λ 2, κ 0.05 and a focal term of γ 2, scale 2."""
+    counts, n = (2, 4, 5), 8
+    losses = []
+    for row, column, x, y in cells(targets):
+        repeat = sum(1 / counts[c] for r, c, _, t in cells(targets) if r == row and t)
+        ratio = (1 / counts[column]) / repeat if repeat else math.inf
+        weight = 0.1 + (sigmoid(10 * (ratio - 0.2)) if ratio < math.inf else 1)
+        z = x - 0.05 * math.log(n / counts[column] - 1) / 2
+        if y:
+            losses.append(weight * softplus(-z) * 2 * sigmoid(-z) ** 2)
+        else:
+            losses.append(weight * softplus(2 * z) / 2 * 2 * sigmoid(2 * z) ** 2)
+    return sum(losses) / len(losses)
+
+
+FORMULAS = {"bce": bce, "asl": asl, "zlpr": zlpr, "twoway": twoway, "db": db}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_of_a_fully_known_batch_is_the_published_formula(name):
+    loss = du.MaskedLoss(name, TRAINING)(torch.tensor(LOGITS), torch.tensor(KNOWN).float())
+    assert loss.item() == pytest.approx(FORMULAS[name](KNOWN), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_with_unknown_cells_is_the_formula_over_the_known_ones(name):
+    loss = du.MaskedLoss(name, TRAINING)(torch.tensor(LOGITS), torch.tensor(PARTLY))
+    assert loss.item() == pytest.approx(FORMULAS[name](PARTLY), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_unknown_cells_have_no_gradient_and_their_logits_no_say(name):
+    criterion, targets = du.MaskedLoss(name, TRAINING), torch.tensor(PARTLY)
+    unknown = targets.isnan()
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    loss = criterion(logits, targets)
+    loss.backward()
+    assert (logits.grad[unknown] == 0).all()
+    assert (logits.grad[~unknown] != 0).all()
+    for other in (60.0, -60.0):
+        changed = logits.detach().masked_fill(unknown, other)
+        assert criterion(changed, targets).item() == loss.item()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_batch_that_nobody_judged_teaches_nothing(name):
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    loss = du.MaskedLoss(name, TRAINING)(logits, torch.full((4, 3), NAN))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("name", ["bce", "asl", "db"])
+def test_soft_targets_lie_between_both_hard_ones(name):
+    criterion = du.MaskedLoss(name, TRAINING, soft=True)
+    values = [criterion(torch.zeros(1, 3), torch.full((1, 3), y)).item() for y in (0, 0.5, 1)]
+    assert np.isfinite(values).all()
+    assert values[1] != values[0]
+    assert values[1] != values[2]
+
+
+def test_soft_bce_is_the_cross_entropy():
+    loss = du.MaskedLoss("bce", TRAINING, soft=True)(torch.tensor([[1.0]]), torch.tensor([[0.3]]))
+    assert loss.item() == pytest.approx(-0.3 * math.log(sigmoid(1)) - 0.7 * math.log(sigmoid(-1)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"bce_sum": True}, {"smoothing": 0.1}, {"bce_target_thresh": 0.2}]
+)
+def test_no_option_of_a_loss_unmasks_unknown_cells(options):
+    targets = torch.tensor(PARTLY)
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    try:
+        du.MaskedLoss("bce", TRAINING, **options)(logits, targets).backward()
+    except ValueError:  # refusing it is as good
+        return
+    assert not logits.grad[targets.isnan()].any()
+
+
+# Label 0: 2 of 8 present. Label 1: 1 present, 3 absent, 4 unknown. Label 2: 4 of 8.
+COUNTED = np.array([[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 1], *[[0, NAN, 0]] * 4], float)
+
+
+@pytest.mark.parametrize(
+    ("method", "present", "absent"),
+    [
+        ("neg_pos", [3, 3, 1], [1, 1, 1]),  # absent / present among the judged
+        ("inv_freq", [1.2, 1.2, 0.6], [1.2, 1.2, 0.6]),  # 4, 4, 2 scaled to a mean of 1
+    ],
+)
+def test_class_weights_from_counts_leave_unknown_cells_out(method, present, absent):
+    criterion = du.MaskedLoss("bce", COUNTED, class_weights=method)
+    for value, weights in ((1.0, present), (0.0, absent)):
+        for label, weight in enumerate(weights):
+            targets = torch.full((1, 3), NAN)
+            targets[0, label] = value
+            loss = criterion(torch.zeros(1, 3), targets).item()
+            assert loss == pytest.approx(weight * math.log(2), rel=1e-6), (label, value)
+
+
+def test_effective_number_weights_by_hand():
+    criterion = du.MaskedLoss("bce", TRAINING, class_weights="effective_num")
+    raw = [0.001 / (1 - 0.999**n) for n in (2, 4, 5)]
+    for label in range(3):
+        targets = torch.full((1, 3), NAN)
+        targets[0, label] = 1
+        loss = criterion(torch.zeros(1, 3), targets).item()
+        assert loss == pytest.approx(raw[label] / (sum(raw) / 3) * math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ce", "BCE", "", "focal"])
+def test_unknown_loss_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        du.MaskedLoss(name, TRAINING)
+
+
+def test_unknown_class_weights_are_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="class_weights='balanced': expected .*neg_pos.*inv_freq"):
+        du.MaskedLoss("bce", TRAINING, class_weights="balanced")
+
+
+@pytest.mark.parametrize("name", ["zlpr", "twoway"])
+def test_ranking_losses_refuse_soft_targets(name):
+    with pytest.raises(ValueError, match=f"'{name}' requires binary targets"):
+        du.MaskedLoss(name, TRAINING, soft=True)
+
+
+@pytest.mark.parametrize("name", ["zlpr", "twoway", "db"])
+def test_losses_that_take_no_class_weights_say_so(name):
+    with pytest.raises(ValueError, match=r"only supported by bce and .*asl"):
+        du.MaskedLoss(name, TRAINING, class_weights="neg_pos")
+
+
+# ---------------------------------------------------------------- tiny models and pictures
+
+
+class ChannelNet(nn.Module):
+    """One logit a label from the mean colour, some noise from dropout; no batch norm."""
+
+    def __init__(self, dropout=0.0, seed=0, gain=None):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(8, 3)
+        if gain is not None:  # channel l → logit l, so that it is right from the start
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
+            for label in range(3):
+                self.stem.weight.data[label, label] = 1 / 16
+                self.head.weight.data[label, label] = gain
+
+    def forward(self, x):
+        return self.head(self.dropout(self.stem(x).mean((2, 3))))
+
+
+class ToUnit:
+    """PIL image → (3, H, W) in 0..1, with random flips in training."""
+
+    def __init__(self, train):
+        self.steps = v2.Compose(
+            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+            + [v2.RandomHorizontalFlip(), v2.ColorJitter(0.3)] * train
+        )
+
+    def __call__(self, image):
+        return self.steps(image)
+
+
+def draw_pictures(folder, n, seed, size=16):
+    """Draw `n` pictures whose colour channel l is bright where label l is present."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, 2, (n, 3))
+    targets[:2] = [[1, 0, 1], [0, 1, 0]]
+    rows = []
+    for number, target in enumerate(targets):
+        pixels = rng.integers(0, 60, (size, size, 3)) + 150 * target
+        path = folder / f"{seed}_{number}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        rows.append([str(path), number, *target])
+    return pd.DataFrame(rows, columns=["image_path", "group_id", *LABELS])
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    return draw_pictures(folder, 10, 1), draw_pictures(folder, 7, 2)
+
+
+@pytest.fixture
+def sets(tables):
+    return tuple(
+        du.DataPartition(table, LABELS, ToUnit(train))
+        for table, train in zip(tables, (True, False))
+    )
+
+
+def config(**changes):
+    settings = {"epochs": 3, "batch_size": 4, "learning_rate": 0.01, "warmup_epochs": 1}
+    return du.TrainConfig(**{**settings, "precision": "no", **changes})
+
+
+def trainer(sets, run_dir, model=None, **changes):
+    return du.Trainer(model or ChannelNet(), *sets, config(**changes), run_dir)
+
+
+def weights_of(path_or_trainer):
+    if isinstance(path_or_trainer, du.Trainer):
+        model = path_or_trainer.accelerator.unwrap_model(path_or_trainer.model)
+        return {k: v.clone() for k, v in model.state_dict().items()}
+    return torch.load(path_or_trainer, weights_only=True)
+
+
+def assert_same_weights(found, wanted):
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        assert torch.equal(found[key], wanted[key]), key
+
+
+def assert_same_history(found, wanted):
+    """Bit for bit, but for the clock."""
+    columns = ["epoch", "step", "learning_rate", "train_loss", "val_loss", "val_mAP"]
+    pd.testing.assert_frame_equal(found[columns], wanted[columns], check_exact=True)
+
+
+def interrupt_at(model, batch, signal_number=None):
+    """Stop training (not validation) in the middle of its `batch`-th batch, as ■ would."""
+    state = {"seen": 0}
+
+    def stop(module, _):
+        state["seen"] += module.training
+        if module.training and state["seen"] == batch:
+            if signal_number is not None:
+                os.kill(os.getpid(), signal_number)
+            raise KeyboardInterrupt
+
+    return model.register_forward_pre_hook(stop)
+
+
+def record_steps(trainer):
+    """Return a list that each optimizer step extends with its learning rates and gradient norm."""
+    steps = []
+
+    def note(optimizer, *_):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
+        steps.append({"rates": [g["lr"] for g in optimizer.param_groups], "norm": norm})
+
+    trainer.optimizer.optimizer.register_step_pre_hook(note)
+    return steps
+
+
+def mean_ap(targets, probs):
+    return np.mean([average_precision_score(targets[:, i], probs[:, i]) for i in range(3)])
+
+
+def probabilities(model, dataset):
+    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    with torch.inference_mode():
+        return model.eval()(images).sigmoid().numpy()
+
+
+# ---------------------------------------------------------------- learning
+
+
+def tiny_convnext():
+    torch.manual_seed(0)
+    kwargs = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+    return du.build_model("convnext_atto", 3, pretrained=False, img_size=32, **kwargs)
+
+
+def test_small_set_with_random_labels_is_learnt_by_heart(tmp_path):
+    table = draw_pictures(tmp_path, 8, 3, size=32)
+    table[LABELS] = np.random.default_rng(0).permutation(table[LABELS].to_numpy())
+    model = tiny_convnext()
+    data = du.DataPartition(table, LABELS, du.make_transforms(model, train=False))
+    run = trainer((data, data), tmp_path / "run", model, epochs=40, learning_rate=5e-3, patience=40)
+    before = mean_ap(data.targets, run.predict(data))
+    history = run.fit()
+    assert before < 0.9
+    assert history["val_mAP"].max() == 1.0
+    assert history["train_loss"].iloc[-1] < 0.3 * history["train_loss"].iloc[0]
+    assert mean_ap(data.targets, run.predict(data)) == 1.0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_learns_although_cells_are_unknown(sets, tmp_path, loss):
+    train, val = sets
+    train.targets[::3, 0] = np.nan
+    train.targets[1::4, 2] = np.nan
+    run = trainer((train, val), tmp_path, loss=loss, epochs=12, learning_rate=0.05, patience=12)
+    history = run.fit()
+    assert history["val_mAP"].max() > 0.95
+
+
+def test_predictions_keep_the_order_of_the_partition(sets, tmp_path):
+    run = trainer(sets, tmp_path, batch_size=3)
+    expected = probabilities(ChannelNet(), sets[1])
+    np.testing.assert_allclose(run.predict(sets[1]), expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------- best, history, early stopping
+
+
+@pytest.fixture(scope="module")
+def spoilt(tables, tmp_path_factory):
+    """A run that starts out right and is taught the opposite: its first epoch is its best."""
+    train, val = tables
+    opposite = train.assign(**{label: 1 - train[label] for label in LABELS})
+    sets = [du.DataPartition(table, LABELS, ToUnit(False)) for table in (opposite, val)]
+    run_dir = tmp_path_factory.mktemp("spoilt")
+    rows_on_disk, per_epoch = [], {}
+    model = ChannelNet(gain=1.0)
+    run = du.Trainer(
+        model, *sets, config(epochs=30, learning_rate=0.1, warmup_epochs=4, patience=5), run_dir
+    )
+
+    def note(module, _):
+        if module.training:
+            path = run_dir / "history.csv"
+            rows_on_disk.append((run.epoch, len(pd.read_csv(path)) if path.exists() else 0))
+        per_epoch[run.epoch] = {k: v.clone() for k, v in module.state_dict().items()}
+
+    hook = model.register_forward_pre_hook(note)
+    history = run.fit()
+    hook.remove()
+    return run, history, run_dir, rows_on_disk, per_epoch
+
+
+def test_best_model_is_the_best_epoch_and_not_the_last(spoilt):
+    run, history, run_dir, _, per_epoch = spoilt
+    assert history["val_mAP"].iloc[-1] < history["val_mAP"].max() - 0.1  # it did get worse
+    best = int(history["val_mAP"].idxmax())
+    saved = weights_of(run_dir / "best_model.pt")
+    assert_same_weights(saved, per_epoch[best])  # what the validation of that epoch saw
+    model = ChannelNet()
+    model.load_state_dict(saved)
+    score = mean_ap(run.val_set.targets, probabilities(model, run.val_set))
+    assert score == pytest.approx(history["val_mAP"].max(), abs=1e-9)
+
+
+def test_model_holds_the_best_weights_after_training(spoilt):
+    run, _, run_dir, _, _ = spoilt
+    assert_same_weights(weights_of(run), weights_of(run_dir / "best_model.pt"))
+
+
+def test_training_ends_after_exactly_patience_epochs_without_a_better_score(spoilt):
+    _, history, _, _, _ = spoilt
+    scores = history["val_mAP"].tolist()
+    best = scores.index(max(scores))
+    assert len(scores) == best + 1 + 5
+    assert len(scores) < 30
+
+
+def test_history_has_a_row_an_epoch_written_as_it_happens(spoilt):
+    _, history, run_dir, rows_on_disk, _ = spoilt
+    assert all(epoch == rows for epoch, rows in rows_on_disk)
+    assert history["epoch"].tolist() == list(range(1, len(history) + 1))
+    saved = pd.read_csv(run_dir / "history.csv")
+    assert_same_history(saved, history)
+    assert (saved["seconds"] > 0).all()
+
+
+def test_validation_loss_is_that_of_the_known_cells(sets, tmp_path):
+    train, val = sets
+    val.targets[:3, 1] = np.nan
+    history = trainer((train, val), tmp_path, epochs=1).fit()
+    model = ChannelNet()
+    model.load_state_dict(weights_of(tmp_path / "best_model.pt"))
+    probs, known = probabilities(model, val).astype(float), ~np.isnan(val.targets)
+    cross_entropy = -np.log(np.where(val.targets > 0.5, probs, 1 - probs))[known].mean()
+    assert history["val_loss"].iloc[0] == pytest.approx(cross_entropy, rel=1e-4)
+
+
+def test_settings_are_saved_beside_the_results(sets, tmp_path):
+    trainer(sets, tmp_path, epochs=1, learning_rate=0.003).fit()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["learning_rate"] == 0.003
+    assert du.TrainConfig(**saved) == config(epochs=1, learning_rate=0.003)
+
+
+def test_fit_starts_afresh_in_a_folder_that_was_used_before(sets, tmp_path):
+    trainer(sets, tmp_path, epochs=3).fit()
+    history = trainer(sets, tmp_path, epochs=1).fit()
+    assert history["epoch"].tolist() == [1]
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 1
+
+
+# ---------------------------------------------------------------- optimizer steps
+
+
+def test_schedule_warms_up_then_follows_a_cosine_per_optimizer_step(sets, tmp_path):
+    """10 pictures in batches of 2, two a step: 3 steps an epoch, the last from one batch."""
+    run = trainer(sets, tmp_path, epochs=4, batch_size=2, grad_accum_steps=2, learning_rate=0.02)
+    steps = record_steps(run)
+    history = run.fit()
+    expected = [0.02 * t / 3 for t in range(3)]
+    expected += [0.02 * (1 + math.cos(math.pi * t / 12)) / 2 for t in range(3, 12)]
+    assert len(steps) == 12
+    for step, rate in zip(steps, expected):
+        assert step["rates"] == pytest.approx([rate] * len(step["rates"]), abs=1e-12)
+    assert history["step"].tolist() == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize(("accumulated", "steps"), [(1, 5), (2, 3), (3, 2), (5, 1), (8, 1)])
+def test_last_incomplete_accumulation_is_stepped(sets, tmp_path, accumulated, steps):
+    run = trainer(sets, tmp_path, epochs=1, batch_size=2, grad_accum_steps=accumulated)
+    taken = record_steps(run)
+    run.fit()
+    assert len(taken) == steps
+
+
+def test_accumulating_small_batches_equals_one_large_batch(tables, tmp_path):
+    train = du.DataPartition(tables[0].iloc[:8], LABELS, ToUnit(False))
+    val = du.DataPartition(tables[1], LABELS, ToUnit(False))
+    final = []
+    for size, accumulated in ((8, 1), (2, 4)):
+        run_dir = tmp_path / str(size)
+        run = trainer((train, val), run_dir, batch_size=size, grad_accum_steps=accumulated)
+        run.fit()
+        final.append(torch.load(run_dir / "last" / "ema.pt") if run.ema else weights_of(run))
+        assert run.step == 3
+    for key in final[0]:
+        torch.testing.assert_close(final[0][key], final[1][key], atol=1e-6, rtol=1e-5)
+    assert not torch.equal(final[0]["head.weight"], ChannelNet().state_dict()["head.weight"])
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_gradients_are_clipped_to_the_norm_asked_for(sets, tmp_path, clip):
+    run = trainer(sets, tmp_path, epochs=1, clip_grad=clip)
+    norms = [step["norm"] for step in record_steps(run) if run.fit() is not None]
+    run_again = trainer(sets, tmp_path, epochs=1, clip_grad=clip)
+    steps = record_steps(run_again)
+    run_again.fit()
+    norms = [step["norm"] for step in steps]
+    if clip is None:
+        assert min(norms) > 0.02
+    else:
+        assert norms == pytest.approx([clip] * len(norms), rel=1e-3)
+
+
+def parameter_settings(run):
+    """Return {name: parameter group}."""
+    model = run.accelerator.unwrap_model(run.model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = run.optimizer.param_groups
+    return {names[id(p)]: group for group in groups for p in group["params"]}
+
+
+def test_biases_norms_and_what_the_backbone_names_get_no_weight_decay(sets, tmp_path):
+    kwargs = {"window_size": 2, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
+    model = du.build_model("swinv2_tiny_window8_256", 3, pretrained=False, img_size=16, **kwargs)
+    groups = parameter_settings(trainer(sets, tmp_path, model, weight_decay=0.05))
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        free = parameter.ndim <= 1 or "cpb_mlp" in name or "logit_scale" in name
+        assert groups[name]["weight_decay"] == (0 if free else 0.05), name
+    assert groups["layers.0.blocks.0.attn.qkv.weight"]["weight_decay"] == 0.05
+
+
+def test_layer_decay_lowers_the_rate_layer_by_layer_towards_the_input(sets, tmp_path):
+    kwargs = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
+    model = du.build_model("vit_tiny_patch16_224", 3, pretrained=False, img_size=16, **kwargs)
+    run = trainer(sets, tmp_path, model, layer_decay=0.5, learning_rate=0.01, epochs=3)
+    seen = {}
+
+    def note(optimizer, *_):
+        for name, group in parameter_settings(run).items():
+            seen[name] = max(seen.get(name, 0), group["lr"])
+
+    run.optimizer.optimizer.register_step_pre_hook(note)
+    run.fit()
+    peak = seen["head.weight"]
+    assert peak == pytest.approx(0.01 * (1 + math.cos(math.pi / 3)) / 2)  # at the end of warm-up
+    assert seen["head.bias"] == peak
+    share = {name: rate / peak for name, rate in seen.items()}
+    assert share["blocks.1.mlp.fc1.weight"] == pytest.approx(0.5 * share["norm.weight"])
+    assert share["blocks.0.mlp.fc1.weight"] == pytest.approx(0.25 * share["norm.weight"])
+    assert share["patch_embed.proj.weight"] == pytest.approx(0.125 * share["norm.weight"])
+    assert share["norm.weight"] in (pytest.approx(1), pytest.approx(0.5))
+
+
+def test_ema_weights_are_the_average_by_hand(sets, tmp_path):
+    run = trainer(sets, tmp_path, epochs=3, ema_decay=0.6, learning_rate=0.05)
+    model = run.accelerator.unwrap_model(run.model)
+    after = []
+    run.optimizer.optimizer.register_step_post_hook(
+        lambda *_: after.append(model.head.weight.detach().clone())
+    )
+    run.fit()
+    average = after[0]  # the average starts at the first step
+    for step, weight in enumerate(after[1:], start=2):
+        decay = min(0.6, 1 - step ** (-2 / 3))  # warms up: 0.37, 0.52, 0.6, 0.6, ...
+        average = decay * average + (1 - decay) * weight
+    assert len(after) == 9
+    torch.testing.assert_close(run.ema.module.head.weight, average, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(average, after[-1], atol=1e-4)
+
+
+def test_ema_weights_are_the_ones_validated_and_saved(sets, tmp_path):
+    run = trainer(sets, tmp_path, epochs=1, ema_decay=0.6, learning_rate=0.05, warmup_epochs=0)
+    history = run.fit()
+    assert_same_weights(weights_of(tmp_path / "best_model.pt"), run.ema.module.state_dict())
+    score = mean_ap(sets[1].targets, probabilities(run.ema.module, sets[1]))
+    assert history["val_mAP"].iloc[0] == pytest.approx(score, abs=1e-9)
+
+
+@pytest.mark.parametrize(("batch_size", "odd"), [(4, 0), (3, 4), (1, 10)])
+def test_mixing_takes_even_batches_and_lets_odd_ones_through(sets, tmp_path, batch_size, odd):
+    run = trainer(
+        sets, tmp_path, epochs=1, batch_size=batch_size, mixup_alpha=1.0, cutmix_alpha=1.0
+    )
+    batches = []
+    run.criterion.register_forward_pre_hook(
+        lambda _, inputs: batches.append(inputs[1]) if run.model.training else None
+    )
+    history = run.fit()
+    assert np.isfinite(history["train_loss"]).all()
+    assert sum(len(targets) for targets in batches) == 10
+    for targets in batches:
+        soft = bool(((targets > 0) & (targets < 1)).any())
+        if len(targets) % 2 == 0:
+            assert soft
+    assert sum(len(targets) for targets in batches if len(targets) % 2) in (odd, 10 - odd, odd - 0)
+
+
+@pytest.mark.parametrize("loss", ["zlpr", "twoway"])
+def test_mixing_is_refused_for_losses_of_hard_targets(sets, tmp_path, loss):
+    with pytest.raises(ValueError, match="does not support Mixup/CutMix"):
+        trainer(sets, tmp_path, loss=loss, mixup_alpha=0.4)
+
+
+# ---------------------------------------------------------------- stopping and resuming
+
+EVERYTHING = {
+    "epochs": 4,
+    "learning_rate": 0.02,
+    "mixup_alpha": 0.5,
+    "cutmix_alpha": 0.5,
+    "ema_decay": 0.7,
+    "grad_accum_steps": 2,
+}
+
+
+def assert_same_run(run_dir, whole_dir):
+    for name in ("best_model.pt", "last/ema.pt"):
+        assert_same_weights(weights_of(run_dir / name), weights_of(whole_dir / name))
+    last = [next((d / "last").glob("model*.safetensors")) for d in (run_dir, whole_dir)]
+    assert last[0].read_bytes() == last[1].read_bytes()  # bit-equal, not nearly
+    histories = [pd.read_csv(d / "history.csv") for d in (run_dir, whole_dir)]
+    assert_same_history(*histories)
+
+
+@pytest.fixture(scope="module")
+def whole(tables, tmp_path_factory):
+    """Uninterrupted runs, by number of workers."""
+    folders = {}
+    for workers in (0, 1):
+        folders[workers] = tmp_path_factory.mktemp(f"whole{workers}")
+        sets = [du.DataPartition(table, LABELS, ToUnit(t)) for table, t in zip(tables, (1, 0))]
+        model = ChannelNet(dropout=0.2)
+        trainer(sets, folders[workers], model, num_workers=workers, **EVERYTHING).fit()
+    return folders
+
+
+SCRIPT = """
+import json, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import pandas as pd
+import data_utils as du
+import test_training as t
+
+def sets(tables):
+    frames = [pd.read_csv(path) for path in tables]
+    return [du.DataPartition(f, t.LABELS, t.ToUnit(train)) for f, train in zip(frames, (1, 0))]
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    parts = sets(job["tables"])
+{body}
+"""
+
+
+def launch(tmp_path, tables, body, launcher=(), check=True, **job):
+    """Run `body` in a new process, with `parts` and `job` at hand."""
+    paths = [str(tmp_path / f"table{i}.csv") for i in (0, 1)]
+    for table, path in zip(tables, paths):
+        table.to_csv(path, index=False)
+    script = tmp_path / "script.py"
+    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), body=lines))
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), json.dumps({**job, "tables": paths})],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_run_resumed_in_a_new_process_ends_like_one_that_was_not_stopped(
+    tables, sets, whole, tmp_path
+):
+    for workers in (0, 1):
+        run = trainer(
+            sets, tmp_path / str(workers), ChannelNet(0.2), num_workers=workers, **EVERYTHING
+        )
+        interrupt_at(run.model, 8)  # 3 batches an epoch: in the middle of epoch 3
+        assert len(run.fit()) == 2
+    body = """
+for workers in (0, 1):
+    model = t.ChannelNet(dropout=0.2, seed=5)
+    t.trainer(parts, job["dir"] + f"/{workers}", model, num_workers=workers, **t.EVERYTHING).resume()
+"""
+    launch(tmp_path, tables, body, dir=str(tmp_path))
+    for workers in (0, 1):
+        assert_same_run(tmp_path / str(workers), whole[workers])
+
+
+def test_killed_process_leaves_a_loadable_best_model_and_can_be_resumed(
+    tables, sets, whole, tmp_path
+):
+    body = """
+run = t.trainer(parts, job["dir"], t.ChannelNet(dropout=0.2), **t.EVERYTHING)
+t.interrupt_at(run.model, 8, signal.SIGKILL)
+run.fit()
+"""
+    run_dir = tmp_path / "run"
+    done = launch(tmp_path, tables, body, dir=str(run_dir), check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    ChannelNet().load_state_dict(weights_of(run_dir / "best_model.pt"))
+    assert len(pd.read_csv(run_dir / "history.csv")) == 2
+    trainer(sets, run_dir, ChannelNet(0.2, seed=9), **EVERYTHING).resume()
+    assert_same_run(run_dir, whole[0])
+
+
+def test_interrupt_keeps_the_best_and_says_how_to_go_on(sets, tmp_path, capsys):
+    run = trainer(sets, tmp_path, ChannelNet(0.2), **EVERYTHING)
+    interrupt_at(run.model, 8)
+    history = run.fit()
+    assert history["epoch"].tolist() == [1, 2]
+    assert_same_weights(weights_of(run), weights_of(tmp_path / "best_model.pt"))
+    message = capsys.readouterr().out
+    assert "epoch 3" in message
+    assert "resume()" in message
+
+
+@pytest.mark.parametrize("batch", [7, 8, 9])
+def test_interrupted_trainer_itself_resumes_like_one_that_was_not_stopped(
+    sets, whole, tmp_path, batch
+):
+    """Gradients and accumulation of the broken-off epoch must not leak into the new one."""
+    run = trainer(sets, tmp_path, ChannelNet(0.2), **EVERYTHING)
+    hook = interrupt_at(run.model, batch)
+    run.fit()
+    hook.remove()
+    run.resume()
+    assert_same_run(tmp_path, whole[0])
+
+
+@pytest.mark.parametrize("moment", ["before the save", "between delete and rename"])
+def test_stop_while_the_resume_point_is_written_loses_nothing(
+    sets, whole, tmp_path, monkeypatch, moment
+):
+    run = trainer(sets, tmp_path, ChannelNet(0.2), **EVERYTHING)
+    replace = os.replace
+
+    def stop(source, target):
+        if Path(target).name == "last" and run.epoch == 2:
+            if moment == "between delete and rename":
+                shutil.rmtree(target, ignore_errors=True)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    run.fit()
+    monkeypatch.setattr(os, "replace", replace)
+    trainer(sets, tmp_path, ChannelNet(0.2, seed=4), **EVERYTHING).resume()
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_interrupt_before_the_first_epoch_ended_leaves_nothing_to_resume(sets, tmp_path):
+    run = trainer(sets, tmp_path)
+    interrupt_at(run.model, 2)
+    assert len(run.fit()) == 0
+    assert not (tmp_path / "best_model.pt").exists()
+    with pytest.raises(FileNotFoundError, match=r"no finished epoch to resume; call fit\(\)"):
+        trainer(sets, tmp_path).resume()
+
+
+def test_resuming_a_finished_run_returns_its_history_and_best_weights(sets, tmp_path):
+    history = trainer(sets, tmp_path).fit()
+    before = weights_of(tmp_path / "best_model.pt")
+    run = trainer(sets, tmp_path, ChannelNet(seed=3))
+    assert_same_history(run.resume(), history)
+    assert_same_weights(weights_of(run), before)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 0.5}, {"batch_size": 2}, {"loss": "asl"}, {"seed": 1}]
+)
+def test_resuming_with_another_setting_is_refused_by_its_name(sets, tmp_path, changes):
+    trainer(sets, tmp_path, epochs=1).fit()
+    with pytest.raises(ValueError, match=f"another {next(iter(changes))}; restore it"):
+        trainer(sets, tmp_path, **{"epochs": 1, **changes}).resume()
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_does_not(sets, tmp_path):
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run = trainer(sets, tmp_path / name, ChannelNet(0.2), seed=seed, epochs=2)
+        runs[name] = (run.fit(), weights_of(run))
+    assert_same_history(runs["a"][0], runs["b"][0])
+    assert_same_weights(runs["a"][1], runs["b"][1])
+    assert runs["a"][0]["train_loss"].tolist() != runs["c"][0]["train_loss"].tolist()
+
+
+def test_two_trainers_in_one_process_do_not_change_each_other(sets, tmp_path):
+    first = trainer(sets, tmp_path / "a", epochs=1, batch_size=2)
+    trainer(sets, tmp_path / "b", epochs=1, batch_size=2, grad_accum_steps=5)
+    taken = record_steps(first)
+    first.fit()
+    assert len(taken) == 5
+
+
+# ---------------------------------------------------------------- what stops a run
+
+
+def test_loss_that_is_not_a_number_stops_with_a_sentence(sets, tmp_path):
+    model = ChannelNet()
+    model.head.bias.data[0] = NAN
+    with pytest.raises(FloatingPointError, match="loss became nan in epoch 1; lower learning_rate"):
+        trainer(sets, tmp_path, model).fit()
+
+
+def test_partitions_with_other_labels_or_another_order_are_refused(tables, tmp_path):
+    train = du.DataPartition(tables[0], LABELS, ToUnit(True))
+    for labels in (LABELS[:2], LABELS[::-1]):
+        val = du.DataPartition(tables[1], labels, ToUnit(False))
+        with pytest.raises(ValueError, match="different labels or order"):
+            trainer((train, val), tmp_path)
+
+
+def test_validation_part_without_any_present_label_is_refused(sets, tmp_path):
+    sets[1].targets[:] = 0
+    with pytest.raises(ValueError, match="no label is present in the validation part"):
+        trainer(sets, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate", "grad_accum_steps"])
+@pytest.mark.parametrize("value", [0, -1, NAN])
+def test_settings_that_cannot_be_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}: expected a positive number"):
+        du.TrainConfig(**{name: value})
+
+
+def test_unreadable_picture_stops_training_by_its_name(tables, tmp_path):
+    table = tables[0].copy()
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    table.loc[3, "image_path"] = str(tmp_path / "broken.png")
+    sets = [du.DataPartition(t, LABELS, ToUnit(False)) for t in (table, tables[1])]
+    with pytest.raises(OSError, match=r"broken\.png"):
+        trainer(sets, tmp_path / "run").fit()
+
+
+# ---------------------------------------------------------------- device
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "auto"])
+def test_precision_is_what_was_asked_for(sets, tmp_path, precision):
+    run = trainer(sets, tmp_path, precision=precision, epochs=2)
+    wanted = du.fast_precision() if precision == "auto" else precision
+    assert run.accelerator.mixed_precision == wanted
+    kinds = set()
+    run.model.head.register_forward_hook(lambda _, __, output: kinds.add(output.dtype))
+    history = run.fit()
+    assert kinds == {{"no": torch.float32, "bf16": torch.bfloat16}.get(wanted, torch.float16)}
+    assert np.isfinite(history[["train_loss", "val_loss"]]).all(axis=None)
+    assert all(v.dtype == torch.float32 for v in weights_of(tmp_path / "best_model.pt").values())
+
+
+def test_unknown_precision_is_refused(sets, tmp_path):
+    with pytest.raises(ValueError, match="half"):
+        trainer(sets, tmp_path, precision="half")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "wish", "expected"),
+    [
+        ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}, None, True),
+        ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}, False, False),
+        (
+            "swinv2_tiny_window8_256",
+            {"window_size": 2, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)},
+            None,
+            False,
+        ),
+    ],
+)
+def test_channels_last_reaches_convolutional_backbones_only(
+    sets, tmp_path, name, kwargs, wish, expected
+):
+    model = du.build_model(name, 3, pretrained=False, img_size=16, **kwargs)
+    run = trainer(sets, tmp_path, model, channels_last=wish, epochs=1)
+    inputs = []
+    model.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    run.fit()
+    assert {x.is_contiguous(memory_format=torch.channels_last) for x in inputs} == {expected}
+    saved = weights_of(tmp_path / "best_model.pt")
+    assert all(weight.is_contiguous() for weight in saved.values())  # the same file either way
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "c++", "clang++", "cl")),
+    reason="torch.compile needs a C++ compiler on the CPU",
+)
+def test_compiled_model_trains_and_saves_plain_weights(tables, tmp_path):
+    sets = [du.DataPartition(table.iloc[:4], LABELS, ToUnit(False)) for table in tables]
+    runs = {}
+    for switch in (True, False):
+        run = trainer(sets, tmp_path / str(switch), compile=switch, epochs=2)
+        history = run.fit()
+        runs[switch] = history
+        ChannelNet().load_state_dict(weights_of(tmp_path / str(switch) / "best_model.pt"))
+    assert runs[True]["train_loss"].tolist() == pytest.approx(
+        runs[False]["train_loss"].tolist(), rel=1e-4
+    )
+
+
+def test_two_processes_share_the_work_and_agree_on_validation(tables, tmp_path):
+    """10 training and 7 validation pictures: neither divides evenly."""
+    body = """
+import numpy as np
+run = t.trainer(parts, job["dir"], batch_size=2, epochs=3, patience=3)
+run.fit()
+assert run.accelerator.num_processes == 2
+assert len(run.loader) == 3
+np.save(job["dir"] + f"/probs{run.accelerator.process_index}.npy", run.predict(parts[1]))
+"""
+    run_dir = tmp_path / "run"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    launch(tmp_path, tables, body, launcher, dir=str(run_dir))
+    model = ChannelNet()
+    model.load_state_dict(weights_of(run_dir / "best_model.pt"))
+    val = du.DataPartition(tables[1], LABELS, ToUnit(False))
+    expected = probabilities(model, val)
+    for rank in (0, 1):
+        np.testing.assert_allclose(np.load(run_dir / f"probs{rank}.npy"), expected, atol=1e-5)
+    history = pd.read_csv(run_dir / "history.csv")
+    assert history["epoch"].tolist() == [1, 2, 3]
+    assert history["step"].tolist() == [3, 6, 9]  # 10 pictures, 2 × 2 at once
+    best = history["val_mAP"].max()
+    assert mean_ap(val.targets, expected) == pytest.approx(best, abs=1e-6)
