@@ -30,6 +30,7 @@ import timm
 import torch
 import torchvision
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from iterstrat.ml_stratifiers import IterativeStratification
@@ -135,14 +136,15 @@ def _parse_row(line: str, where: str) -> dict:
     hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) a line"
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}); {hint}.") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}); {hint}.") from None
     if isinstance(row, list) or (isinstance(row, dict) and {"Labeled Data", "Label"} & set(row)):
         raise ValueError(f"{where}: this looks like a v1 or array export; {hint}. Export it again.")
     if not isinstance(row, dict) or not isinstance(row.get("projects"), dict):
         raise ValueError(f"{where}: no 'projects' object; {hint}.")
     data_row = row.get("data_row")
-    if not isinstance(data_row, dict) or not data_row.get("external_id"):
+    name = data_row.get("external_id") if isinstance(data_row, dict) else None
+    if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: data_row has no 'external_id'; expected the image's file name.")
     return row
 
@@ -185,6 +187,18 @@ def _row_answers(row: dict) -> Iterator[dict]:
         yield base
 
 
+def _checked_answers(row: dict, where: str) -> list[dict]:
+    try:
+        answers = list(_row_answers(row))
+        wrong = [v for a in answers for v in a.values() if not isinstance(v, str | bool | None)]
+        if wrong:
+            raise TypeError(f"text instead of {wrong[0]!r}")
+    except (AttributeError, KeyError, TypeError) as error:
+        hint = "expected the classifications of a Labelbox v2 export"
+        raise ValueError(f"{where}: an answer lacks {error}; {hint}.") from None
+    return answers
+
+
 def read_labelbox(
     path: str | os.PathLike,
     problematic: str = "drop",
@@ -214,20 +228,14 @@ def read_labelbox(
     if problematic not in ("drop", "keep"):
         raise ValueError(f"problematic={problematic!r}: expected 'drop' or 'keep'.")
     records, seen, duplicates = [], set(), []
-    with open(path, encoding="utf-8-sig") as lines:
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 row = _parse_row(line, f"{path}, line {number}")
                 image = row["data_row"]["external_id"]
                 duplicates += [image] if image in seen else []
                 seen.add(image)
-                try:
-                    records += _row_answers(row)
-                except (AttributeError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}, line {number}: an answer lacks {error}; expected the"
-                        " classifications of a Labelbox v2 export."
-                    ) from None
+                records += _checked_answers(row, f"{path}, line {number}")
     if not records:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export, one JSON object a line.")
     answers = pd.DataFrame(records).drop_duplicates(ignore_index=True)
@@ -287,6 +295,9 @@ def to_targets(
     given = answers[answers["judged"] & answers["label"].notna()].copy()
     graded = given["label"].astype(str) == given["question"]
     grade = given["grade"].where(graded, 1)
+    used = set(grade[grade.between(1, positive_max)].unique())
+    if soft and used - set(soft):
+        raise ValueError(f"soft={soft}: no target for grade {_some(sorted(used - set(soft)))}.")
     value = (grade.map(soft) if soft else grade.between(1, positive_max)).astype(float)
     value = value.where(grade.between(1, positive_max), 0)
     given["value"] = value.fillna(0).where(grade.notna(), -1)  # -1 loses to any grade beside it
@@ -304,6 +315,39 @@ def to_targets(
     return targets.rename_axis(index="image", columns=None).reset_index()
 
 
+def _read_table(path: str | os.PathLike) -> pd.DataFrame:
+    """Read a CSV as stripped text; its index is the line in the file less 2."""
+    text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
+    try:
+        table = pd.read_csv(path, encoding="utf-8-sig", **text).fillna("")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        reason = str(error).strip()
+        raise ValueError(
+            f"{path}: no CSV with a header, a label column and equal rows ({reason})."
+        ) from None
+    table = table.apply(lambda column: column.str.strip())
+    names = table.iloc[0].tolist()
+    if len(set(names)) < len(names) or "" in names[1:]:
+        raise ValueError(f"{path}: line 1 has a column without a name or twice: {_some(names)}.")
+    table = table.iloc[1:].set_axis(names, axis=1).reset_index(drop=True)
+    return table[(table != "").any(axis=1)]
+
+
+def _parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.DataFrame:
+    """Turn text into 1, 0, NaN (empty) and, if `soft`, values between."""
+    values = cells.apply(pd.to_numeric, errors="coerce")
+    good = ((values >= 0) & (values <= 1)) if soft else values.isin([0, 1])
+    rows, columns = np.nonzero((~good & (cells != "")).to_numpy())
+    if len(rows):
+        found = [
+            f"line {cells.index[r] + 2}, {cells.columns[c]}: {cells.iloc[r, c]!r}"
+            for r, c in zip(rows, columns)
+        ]
+        expected = "0 to 1" if soft else "0, 1"
+        raise ValueError(f"{path}: expected {expected} or an empty cell, found {_some(found)}.")
+    return values.astype(float)
+
+
 def read_csv_labels(path: str | os.PathLike, unlisted: str = "unknown") -> pd.DataFrame:
     """Read labels from a CSV: one 0/1 column a label, or `filename, "desert,mountains"` lists.
 
@@ -317,9 +361,9 @@ def read_csv_labels(path: str | os.PathLike, unlisted: str = "unknown") -> pd.Da
     Raises:
         ValueError: a value outside 0/1/empty, a file name twice, or no label column; with line.
     """
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    table.columns = [str(column).strip() for column in table.columns]
-    table = table.apply(lambda column: column.str.strip())
+    if unlisted not in ("unknown", "absent"):
+        raise ValueError(f"unlisted={unlisted!r}: expected 'unknown' or 'absent'.")
+    table = _read_table(path)
     if table.shape[1] < 2:
         raise ValueError(f"{path}: expected a file name column and at least one label column.")
     names = table.iloc[:, 0].rename("image")
@@ -329,16 +373,10 @@ def read_csv_labels(path: str | os.PathLike, unlisted: str = "unknown") -> pd.Da
             raise ValueError(f"{path}: {what}, expected one row an image: {_some(lines)}.")
     cells = table.iloc[:, 1:]
     if cells.shape[1] == 1 and _holds_lists(cells.iloc[:, 0]):
-        return pd.concat([names, _split_lists(cells.iloc[:, 0], unlisted)], axis=1)
-    values = cells.apply(pd.to_numeric, errors="coerce")
-    wrong = ~(values.isin([0, 1]) | (cells == ""))
-    if wrong.to_numpy().any():
-        rows, columns = np.nonzero(wrong.to_numpy())
-        cell = [
-            f"line {r + 2}, {cells.columns[c]}: {cells.iloc[r, c]!r}" for r, c in zip(rows, columns)
-        ]
-        raise ValueError(f"{path}: expected 0, 1 or an empty cell, found {_some(cell)}.")
-    return pd.concat([names, values.astype(float)], axis=1)
+        labels = _split_lists(cells.iloc[:, 0], unlisted)
+    else:
+        labels = _parse_cells(cells, path, soft=False)
+    return pd.concat([names, labels], axis=1).reset_index(drop=True)
 
 
 def _holds_lists(cells: pd.Series) -> bool:
@@ -368,12 +406,17 @@ def read_class_folders(root: str | os.PathLike) -> pd.DataFrame:
     return pd.concat([images.map(lambda p: p.as_posix()).rename("image"), labels], axis=1)
 
 
+def _without_suffix(name: str) -> str:
+    path = Path(name)
+    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
+
+
 def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     """Combine the rows of NAME_left and NAME_right into one row NAME of the whole panorama.
 
     Present if in either half; unknown if neither says present and one is unknown or missing.
     """
-    stem = targets["image"].map(lambda name: str(Path(name).with_suffix("")))
+    stem = targets["image"].map(_without_suffix)
     is_half = stem.str.endswith(("_left", "_right"))
     panorama = stem.str.replace(_HALF, "", regex=True).rename("image")
     by = targets.drop(columns="image").groupby(panorama, sort=False)
@@ -488,7 +531,7 @@ def group_stratified_split(
         ValueError: fewer groups than parts, a row without a group, or ratios that are not three
             positive numbers.
     """
-    share = np.asarray(ratios, float)
+    share = np.array(ratios, float)
     if share.shape != (3,) or (share <= 0).any():
         raise ValueError(f"ratios={ratios}: expected three positive numbers (train, val, test).")
     if df[group_col].isna().any():
@@ -504,6 +547,9 @@ def group_stratified_split(
         warnings.warn(f"Labels present in fewer than 3 groups: {_some(rare)}.", stacklevel=2)
     share /= share.sum()
     start = IterativeStratification(positive > 0, share, np.random.RandomState(seed))
+    for i in range(3):
+        if not (start == i).any():  # very few groups: no part may stay empty
+            start[np.flatnonzero(start == np.bincount(start).argmax())[0]] = i
     part = _refine_split(start, positive, known, np.bincount(group), share, seed)[group]
     parts = {name: df[part == i] for i, name in enumerate(("train", "val", "test"))}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -590,19 +636,12 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run partitioning.ipynb to make it.")
-    df = pd.read_csv(path, dtype=dict.fromkeys(NOT_LABELS, str))
+    df = _read_table(path)
     absent = [column for column in NOT_LABELS if column not in df.columns]
     labels = [column for column in df.columns if column not in NOT_LABELS]
     if absent or not labels:
         raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
-    values = df[labels].apply(pd.to_numeric, errors="coerce")
-    rows, columns = np.nonzero((df[labels].notna() & ~((values >= 0) & (values <= 1))).to_numpy())
-    if len(rows):
-        wrong = [
-            f"line {r + 2}, {labels[c]}: {df[labels].iloc[r, c]}" for r, c in zip(rows, columns)
-        ]
-        raise ValueError(f"{path}: expected label cells of 0..1 or empty, found {_some(wrong)}.")
-    df[labels] = values.astype(float)
+    df = df.assign(**_parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
     df["image_path"] = [
         Path(os.path.normpath(path.parent / p)).as_posix() for p in df["image_path"]
     ]
@@ -1148,31 +1187,31 @@ class Trainer:
             mixed_precision=precision, gradient_accumulation_steps=config.grad_accum_steps
         )
         set_seed(config.seed)
-        last = config.channels_last
-        self.channels_last = gains_by_channels_last(model) if last is None else last
-        model = model.to(self.accelerator.device)
-        if self.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        self.ema = (
-            ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
-        )
+        self._prepare_loss(train_set)
+        self._prepare_model(model, train_set)
+        self.epoch, self.step, self.best, self.history = 0, 0, -np.inf, []
+
+    def _prepare_loss(self, train_set: DataPartition) -> None:
+        config, targets = self.config, train_set.targets
+        mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
+        soft = mixes or bool(((targets > 0) & (targets < 1)).any())
+        loss = MaskedLoss(config.loss, targets, config.class_weights, soft, **config.loss_kwargs)
+        self.criterion = loss.to(self.accelerator.device)
+        alphas = config.mixup_alpha, config.cutmix_alpha
+        self.mixup = TriStateMixup(targets.shape[1], *alphas) if mixes else None
+
+    def _prepare_model(self, model: nn.Module, train_set: DataPartition) -> None:
+        """Set up model, moving average, optimizer, loader and the schedule over all steps."""
+        config, wanted = self.config, self.config.channels_last
+        self.channels_last = gains_by_channels_last(model) if wanted is None else wanted
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        model = model.to(self.accelerator.device, memory_format=layout)
+        decay = config.ema_decay
+        self.ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
         if config.compile:
             model.compile()
-        optimizer = create_optimizer_v2(
-            model,
-            "adamw",
-            config.learning_rate,
-            config.weight_decay,
-            layer_decay=config.layer_decay,
-        )
-        mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
-        soft = mixes or bool(((train_set.targets > 0) & (train_set.targets < 1)).any())
-        self.criterion = MaskedLoss(
-            config.loss, train_set.targets, config.class_weights, soft, **config.loss_kwargs
-        ).to(self.accelerator.device)
-        n_labels = len(train_set.label_columns)
-        mix = TriStateMixup(n_labels, config.mixup_alpha, config.cutmix_alpha) if mixes else None
-        self.mixup = mix
+        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        optimizer = create_optimizer_v2(model, "adamw", layer_decay=config.layer_decay, **rates)
         loader = make_loader(train_set, config.batch_size, True, config.num_workers, config.seed)
         self.generator = loader.generator
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
@@ -1186,7 +1225,6 @@ class Trainer:
             step_on_epochs=False,
             updates_per_epoch=self.steps_per_epoch,
         )
-        self.epoch, self.step, self.best, self.history = 0, 0, -np.inf, []
 
     def fit(self) -> pd.DataFrame:
         """Train from the start and return the history; the model then holds the best weights.
@@ -1237,11 +1275,13 @@ class Trainer:
         model = self.ema.module if weights == "ema" else self.model
         model.eval()
         loader = make_loader(dataset, self.config.batch_size, num_workers=self.config.num_workers)
-        loader = self.accelerator.prepare_data_loader(loader)
+        accelerator = self.accelerator
+        processes = accelerator.num_processes, accelerator.process_index
+        loader = prepare_data_loader(loader, accelerator.device, *processes, put_on_device=True)
         logits = []
-        with torch.inference_mode(), self.accelerator.autocast():
+        with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
-                logits.append(self.accelerator.gather_for_metrics(model(self._arrange(images))))
+                logits.append(accelerator.gather_for_metrics(model(self._arrange(images))))
         return torch.cat(logits).float().sigmoid().cpu().numpy()
 
     def _arrange(self, images: torch.Tensor) -> torch.Tensor:
@@ -1531,7 +1571,7 @@ def _best_cuts(
     score = (1 + beta**2) * tp / np.maximum(beta**2 * tp[:, -1:] + n, 1)
     if min_precision is not None:
         recall = tp / np.maximum(tp[:, -1:], 1)
-        score = np.where((tp >= min_precision * n) & (tp > 0), recall, -1.0)
+        score = np.where((tp / np.maximum(n, 1) >= min_precision) & (tp > 0), recall, -1.0)
     below = np.concatenate([p[:, 1:], np.full((len(p), 1), -1.0)], axis=1)
     score = np.where((p > below) & (p >= 0), score, -1.0)  # a cut lies between two values
     best = score.argmax(1)[:, None]
@@ -1581,7 +1621,8 @@ def find_optimal_thresholds(
         positives < min_positives, f"global: fewer than {min_positives} positives", "own"
     )
     source = np.where((score < 0) & (source == "own"), "global: precision not reached", source)
-    source = np.full(len(source), "global") if mode == "global" else source
+    common = "global" if whole_score[0] >= 0 else "global: precision not reached"
+    source = np.full(len(source), common) if mode == "global" else source
     is_own = source == "own"
     return pd.DataFrame(
         {
@@ -1604,7 +1645,7 @@ def to_panorama_level(
     """
     images = df["image_path"].rename("image")
     targets = combine_halves(pd.concat([images, df[list(label_columns)]], axis=1))
-    panorama = images.map(lambda path: _HALF.sub("", str(Path(path).with_suffix(""))))
+    panorama = images.map(lambda path: _HALF.sub("", _without_suffix(path)))
     highest = pd.DataFrame(probs).groupby(panorama.to_numpy(), sort=False).max()
     return targets[list(label_columns)].to_numpy(float), highest.to_numpy()
 

@@ -39,12 +39,12 @@ GRASS, TREES, WATER, BUILDING, BOARDWALK, HILLS, SUN, LILY = range(1, 9)  # 0 is
 CUTS = {
     "Grass": (0.008, 0.06, 0.15),
     "Trees": (0.004, 0.015, 0.04),
-    "Water": (0.006, 0.04, 0.12),
-    "Building": (0.003, 0.008, 0.02),
+    "Water": (0.01, 0.04, 0.12),
+    "Building": (0.006, 0.015, 0.03),
     "Boardwalk": (0.005, 0.02, 0.06),
     "Hills": (0.005, 0.015, 0.03),
-    "Sun": (0.002, 0.005, 0.008),
-    "[Lvl2] Lily": (0.005, 0.02, 0.05),
+    "Sun": (0.006, 0.014, 0.022),
+    "[Lvl2] Lily": (0.012, 0.03, 0.06),
 }
 GRADES = ("3 - Maybe", "2 - Likely", "1 - Definitely")
 FOREGROUND_ELEVATION = math.radians(-9)  # what reaches lower stands within about 11 m
@@ -60,11 +60,11 @@ STEP = 6.0  # metres between photos
 STRETCH = 60.0  # metres of transect that are furnished together
 RANGE = 32.0  # metres beyond which the ground melts into haze
 BOARDWALK_HALF_WIDTH = 0.8
-SUN_RADIUS, GLOW_RADIUS = math.radians(3.5), math.radians(9)
+SUN_RADIUS, GLOW_RADIUS = math.radians(5), math.radians(15)
 LILY_RANGE = 18.0
 LILY_CELL = 0.95  # metres; one pad at most grows in each cell of this size
 
-N_DAYS = 6
+N_DAYS = 10
 SOILS = {"mud": "#6d5a48", "sand": "#cdbd9c", "gravel": "#8f8f8e", "peat": "#4a3f38"}
 SEASONS = [("#5f9a3a", "#3c7a35"), ("#86a548", "#47793a"), ("#a9a255", "#6b7a35")]  # grass, leaves
 
@@ -335,7 +335,8 @@ def plan_survey(site_index: int, day: int, n_photos: int, seed: int = 42) -> Sur
     survey = Survey(
         site=site,
         day=day,
-        start=datetime(2024, 5 + day, 3 + 3 * site_index) + timedelta(seconds=int(hour * 3600)),
+        start=datetime(2024, 5, 3 + 3 * site_index)
+        + timedelta(days=18 * day, hours=int(hour), seconds=int(hour % 1 * 3600)),
         direction=direction,
         mount=rng.uniform(-1, 1),
         weather=weather,
@@ -384,7 +385,7 @@ def _furnish(survey: Survey, stretch: int, rng: np.random.Generator) -> None:
             _plant_grove(survey, start + rng.uniform(0, STRETCH), side, rng)
         if rng.uniform() < survey.site.houses:
             x, y = _place(survey, start + rng.uniform(0, STRETCH), side * rng.uniform(9, 17))
-            survey.things.append(Thing("house", x, y, rng.uniform(6, 8.5), rng.integers(3)))
+            survey.things.append(Thing("house", x, y, rng.uniform(9, 12), rng.integers(3)))
     if rng.uniform() < 0.9 * survey.site.boardwalk:
         _build_boardwalk(survey, start, rng)
     _sow_plants(survey, start, rng)

@@ -165,6 +165,14 @@ def test_skipped_and_unlabelled_rows_stay_as_unjudged_images(write_ndjson):
     assert same(values(to_targets(answers), "Lily"), [1, NAN, NAN])
 
 
+def test_row_without_any_project_is_an_unlabelled_image(write_ndjson):
+    bare = {"data_row": {"external_id": "b.jpg"}, "projects": {}}
+    answers = read_labelbox(write_ndjson(GOOD, bare))
+    assert answers["image"].tolist() == ["a.jpg", "b.jpg"]
+    assert answers.attrs["report"]["unlabelled"] == ["b.jpg"]
+    assert same(values(to_targets(answers), "Lily"), [1, NAN])
+
+
 def test_image_that_one_annotator_skipped_is_judged_by_the_other(write_ndjson):
     row = data_row(
         "a.jpg", labelled(skipped=True, by="ann"), labelled(radio("Lily", SURE), by="ben")
@@ -893,9 +901,9 @@ def test_missing_partition_names_the_notebook_that_makes_it(tmp_path):
         ("image_path,Sun\na.jpg,1\n", "image_path, group_id"),
         ("group_id,Sun\ng,1\n", "image_path, group_id"),
         ("image_path,group_id\na.jpg,g\n", "at least one label"),
-        ("image_path,group_id,Sun\na.jpg,g,1\nb.jpg,g,2\n", "line 3, Sun: 2"),
-        ("image_path,group_id,Sun\na.jpg,g,-0.1\n", "line 2, Sun: -0.1"),
-        ("image_path,group_id,Sun\na.jpg,g,yes\n", "line 2, Sun: yes"),
+        ("image_path,group_id,Sun\na.jpg,g,1\nb.jpg,g,2\n", "line 3, Sun: '2'"),
+        ("image_path,group_id,Sun\na.jpg,g,-0.1\n", "line 2, Sun: '-0.1'"),
+        ("image_path,group_id,Sun\na.jpg,g,yes\n", "line 2, Sun: 'yes'"),
         ("image_path,group_id,Sun\na.jpg,g,1,0\nb.jpg,g,0,1\n", ""),
         ("", ""),
     ],

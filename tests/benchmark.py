@@ -1,0 +1,187 @@
+"""Measure the speed figures of the README, each beside its alternative in one run.
+
+    python tests/benchmark.py
+
+Prints a Markdown table. Ratios carry over to other machines better than the times do.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
+from joblib import Parallel, delayed
+from joblib.externals.cloudpickle import register_pickle_by_value
+from PIL import Image
+from sklearn.metrics import f1_score
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import load_notebook_functions  # noqa: E402
+
+import data_utils  # noqa: E402
+from demo_360 import draw_panorama, plan_survey  # noqa: E402
+
+ROWS: list[tuple[str, str, str, str]] = []
+
+
+def seconds(call: Callable, repeats: int = 5) -> float:
+    """Return the median time of a call, after one call to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def report(what: str, ours: float, other: float, alternative: str, unit: str = "ms") -> None:
+    """Add a line: both times and how many times faster ours is."""
+    scale = {"ms": 1e3, "s": 1.0}[unit]
+    ROWS.append(
+        (what, f"{ours * scale:.1f} {unit}", f"{other * scale:.1f} {unit} ({alternative})",
+         f"{other / ours:.1f} ×")
+    )  # fmt: skip
+
+
+def write_photos(folder: Path, size: int, n: int) -> list[Path]:
+    """Write noisy JPEG halves of a demo panorama, as large as a camera's."""
+    rng = np.random.default_rng(0)
+    survey = plan_survey(0, 0, n)
+    paths = []
+    for i in range(n):
+        pixels, _ = draw_panorama(survey, i, 1024)
+        photo = Image.fromarray(pixels).resize((2 * size, size), Image.Resampling.BICUBIC)
+        noisy = np.asarray(photo, np.int16) + rng.normal(0, 5, (size, 2 * size, 1)).astype(np.int16)
+        paths.append(folder / f"photo_{i}.jpg")
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+    return paths
+
+
+def measure_decoding(folder: Path) -> None:
+    """Compare DataPartition with opening at full size, without and with its cache."""
+    [panorama] = write_photos(folder, 2976, 1)
+    half = folder / "half.jpg"
+    Image.open(panorama).crop((0, 0, 2976, 2976)).save(half, quality=90)
+    model = data_utils.build_model("resnet10t", 1, pretrained=False, img_size=384)
+    transform = data_utils.make_transforms(model, train=False)
+    df = pd.DataFrame({"image_path": [str(half)], "a": [1.0]})
+    plain = data_utils.DataPartition(df, ["a"], transform)
+    cached = data_utils.DataPartition(df, ["a"], transform, folder / "cache")
+    full = seconds(lambda: Image.open(half).convert("RGB").resize((384, 384)))
+    report(
+        "a 2976 × 2976 JPEG for a 384 px input", seconds(lambda: plain[0]), full, "full decoding"
+    )
+    report("the same from `cache_dir`", seconds(lambda: cached[0], 30), full, "full decoding")
+
+
+def measure_split(folder: Path) -> None:
+    """Compare the split into halves with a plain crop and save in one process."""
+    panoramas = folder / "panoramas"
+    panoramas.mkdir()
+    paths = write_photos(panoramas, 2976, 8)
+    functions = load_notebook_functions("imagesplit")
+    register_pickle_by_value(functions)  # the worker processes cannot import a notebook
+    run = [0]
+
+    def ours() -> None:
+        run[0] += 1
+        out = str(folder / f"split_{run[0]}")
+        jobs = [delayed(functions.split_panorama)(p, str(panoramas), out) for p in paths]
+        assert all(status == "written" for status, _ in Parallel(-1)(jobs))
+
+    def plain() -> None:
+        for path in paths:
+            image = Image.open(path)
+            for i in (0, 1):
+                image.crop((i * 2976, 0, (i + 1) * 2976, 2976)).save(folder / f"{i}.jpg")
+
+    times = seconds(ours, 3) / len(paths), seconds(plain, 3) / len(paths)
+    report("a 5952 × 2976 panorama to halves, all cores", *times, "one process, quality 75")
+
+
+def measure_partition() -> None:
+    """Time the split and compare how far label rates are from equal."""
+    for n_groups in (200, 2000, 10_000):
+        rng = np.random.default_rng(0)
+        rates = np.linspace(0.03, 0.4, 12)
+        values = (rng.random((n_groups, 2, 12)) < rates).astype(float).reshape(-1, 12)
+        labels = [f"label {i}" for i in range(12)]
+        df = pd.DataFrame(values, columns=labels).assign(group_id=np.arange(2 * n_groups) // 2)
+        start = time.perf_counter()
+        parts = data_utils.group_stratified_split(df, labels)
+        taken = time.perf_counter() - start
+        worst = max(
+            np.abs(part[labels].mean() - df[labels].mean()).max() for part in parts.values()
+        )
+        group_labels = df.groupby("group_id")[labels].max().to_numpy()
+        draw = MultilabelStratifiedShuffleSplit(1, test_size=0.15, random_state=0)
+        _, test = next(draw.split(group_labels, group_labels))
+        rows = df[df["group_id"].isin(test)]
+        once = np.abs(rows[labels].mean() - df[labels].mean()).max()
+        ROWS.append(
+            (f"{n_groups} groups × 12 labels, largest deviation", f"{100 * worst:.2f} points",
+             f"{100 * once:.2f} points (one draw)", f"in {taken:.2f} s")
+        )  # fmt: skip
+
+
+def measure_thresholds() -> None:
+    """Compare the exact thresholds with a grid of 101 steps."""
+    rng = np.random.default_rng(0)
+    targets = (rng.random((20_000, 12)) < 0.2).astype(float)
+    probs = np.clip(0.4 * targets + 0.6 * rng.random(targets.shape), 0, 1)
+    names = [str(i) for i in range(12)]
+
+    def grid() -> list[float]:
+        return [
+            max(f1_score(targets[:, i], probs[:, i] >= t) for t in np.linspace(0, 1, 101))
+            for i in range(12)
+        ]
+
+    found = data_utils.find_optimal_thresholds(probs, targets, names)
+    assert (found["score"].to_numpy() >= np.array(grid()) - 1e-12).all()
+    ours = seconds(lambda: data_utils.find_optimal_thresholds(probs, targets, names))
+    report("best thresholds, 20 000 × 12", ours, seconds(grid, 1), "101-step grid with f1_score")
+
+
+def measure_channels_last() -> None:
+    """Compare the memory layouts on a training step of EfficientNet-Lite0."""
+    images, times = torch.randn(16, 3, 224, 224), {}
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model = data_utils.build_model("tf_efficientnet_lite0", 5, pretrained=False).train()
+        model, batch = model.to(memory_format=layout), images.contiguous(memory_format=layout)
+
+        def step(model: torch.nn.Module = model, batch: torch.Tensor = batch) -> None:
+            model(batch).square().mean().backward()
+
+        times[layout] = seconds(step, 3) / len(images)
+    report(
+        "training step a photo, EfficientNet-Lite0 224 px, channels_last", *times.values(), "NCHW"
+    )
+
+
+def main() -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        measure_decoding(Path(folder))
+        measure_split(Path(folder))
+    measure_partition()
+    measure_thresholds()
+    measure_channels_last()
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| what | here | alternative | gain |\n|---|---|---|---|")
+    for row in ROWS:
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()
