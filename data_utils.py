@@ -83,6 +83,7 @@ __all__ = [
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
+VIEWS = ("half", "panorama")
 FORMAT_VERSION = 1
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _HALF = re.compile(r"_(left|right)$")
@@ -721,7 +722,7 @@ def open_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
     """
     try:
         with Image.open(path) as image:
-            if size is not None and image.format == "JPEG":
+            if size is not None and image.format in ("JPEG", "MPO"):
                 turned = image.getexif().get(0x0112, 1) >= 5  # Orientation swaps width and height
                 image.draft("RGB", size if turned else size[::-1])
             image.load()
@@ -771,14 +772,22 @@ class RandomHorizontalRoll(v2.Transform):
 
 
 def make_transforms(
-    model: nn.Module, train: bool, view: str = "half", crop_scale: tuple[float, float] = (0.7, 1.0)
+    model: nn.Module, train: bool, view: str = "half", crop_scale: tuple[float, float] = (0.8, 1.0)
 ) -> v2.Compose:
     """Return PIL image → normalised float tensor (3, H, W) of the size that `model` takes.
 
     The whole picture is squeezed to that size, never cropped at its centre: labels may lie
     anywhere. Training adds a random crop, flip and light colour jitter, and for "panorama" a true
     roll.
+
+    Args:
+        model: from `build_model`.
+        train: whether to augment.
+        view: "half" (photos that do not wrap) or "panorama".
+        crop_scale: share of the picture that a random crop keeps; a small one may cut a label off.
     """
+    if view not in VIEWS:
+        raise ValueError(f"view={view!r}: expected 'half' or 'panorama'.")
     config = model.data_config
     size, mode = config["input_size"][1:], v2.InterpolationMode(config["interpolation"])
     steps: list[nn.Module] = [v2.ToImage()]
@@ -794,7 +803,7 @@ def make_transforms(
 
 def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
     """Return the height and width that suffice for the first resizing step of `transform`."""
-    for step in getattr(transform, "transforms", []):
+    for step in getattr(transform, "transforms", [transform]):
         if isinstance(step, v2.RandomResizedCrop):
             return tuple(int(np.ceil(side / step.scale[0] ** 0.5)) for side in step.size)
         if isinstance(step, v2.Resize) and len(step.size) == 2:
@@ -946,7 +955,7 @@ def build_model(
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *size) if size else config["input_size"]
     model.data_config = {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
-    model.spec = {"model_name": name, "head": head, "num_labels": num_labels}
+    model.spec = {"model_name": name, "head": head, "head_kwargs": {}, "num_labels": num_labels}
     model.spec |= {
         "img_size": list(model.data_config["input_size"][1:]),
         "model_kwargs": timm_kwargs,
@@ -993,7 +1002,7 @@ def _fits(name: str, size: tuple[int, int], kwargs: dict) -> bool:
 
 
 def _check_img_size(name: str, size: tuple[int, int], kwargs: dict) -> None:
-    if min(size) < 1:
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"img_size={size}: expected a positive height and width.")
     if _fits(name, size, kwargs):
         return
@@ -1031,7 +1040,8 @@ def _load_pretrained(
     own = model.state_dict()
 
     def fitting(state: dict, model: nn.Module) -> dict:
-        state = module_filter(state, model) if module_filter else state
+        with contextlib.suppress(KeyError):  # weights of another architecture: named below
+            state = module_filter(state, model) if module_filter else state
         return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
 
     try:
@@ -1101,6 +1111,8 @@ class MaskedLoss(nn.Module):
             kwargs[kind] = weights
         if name == "db":
             kwargs |= {"class_counts": counts, "num_samples": len(targets)}
+        if kwargs.get("bce_sum"):
+            raise ValueError("bce_sum sums unknown cells too; leave it out.")
         loss = create_classification_loss(name, multi_label=True, soft_targets=soft, **kwargs)
         self.averages_cells = name not in ("zlpr", "twoway")
         if self.averages_cells:
@@ -1145,9 +1157,21 @@ class TrainConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate", "grad_accum_steps", "patience"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
+        for name in ("epochs", "batch_size", "grad_accum_steps", "patience"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number from 1.")
+        for name, low, high in (
+            ("learning_rate", 0, np.inf),
+            ("clip_grad", 0, np.inf),
+            ("layer_decay", 0, 1),
+            ("ema_decay", 0, 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low < value <= high:
+                raise ValueError(f"{name}={value}: expected more than {low} and at most {high}.")
+        for name in ("weight_decay", "warmup_epochs", "mixup_alpha", "cutmix_alpha"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
 
 
 class Trainer:
@@ -1175,6 +1199,8 @@ class Trainer:
     ) -> None:
         if train_set.label_columns != val_set.label_columns:
             raise ValueError("training and validation partitions have different labels or order.")
+        if not (train_set.targets >= 0).any():
+            raise ValueError("the training part has no judged label: nothing to learn from.")
         if not (val_set.targets >= 0.5).any():
             raise ValueError("no label is present in the validation part: nothing to select by.")
         self.config, self.run_dir, self.val_set = config, Path(run_dir), val_set
@@ -1231,6 +1257,8 @@ class Trainer:
 
         A KeyboardInterrupt (the stop button) ends training early and keeps the best weights.
         """
+        if self.history:
+            raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
         if self.accelerator.is_main_process:
             for old in ("last", "last.tmp"):
                 shutil.rmtree(self.run_dir / old, ignore_errors=True)
@@ -1291,6 +1319,7 @@ class Trainer:
 
     def _run(self) -> pd.DataFrame:
         """Train the remaining epochs."""
+        self.accelerator.gradient_accumulation_steps = self.config.grad_accum_steps
         config, main = self.config, self.accelerator.is_main_process
         total = config.epochs * len(self.loader)
         done = self.epoch * len(self.loader)
@@ -1301,9 +1330,11 @@ class Trainer:
                 while self.epoch < config.epochs and self._waited() < config.patience:
                     self._run_epoch(bar)
         except KeyboardInterrupt:
+            kept = (
+                f"finished epochs are kept in {self.run_dir}, Trainer.resume() goes on from there."
+            )
             print(
-                f"Stopped in epoch {self.epoch + 1}; finished epochs are kept in {self.run_dir}."
-                " Trainer.resume() goes on from there."
+                f"Stopped in epoch {self.epoch + 1};", kept if self.history else "nothing is kept."
             )
         self.accelerator.wait_for_everyone()
         best = self.run_dir / "best_model.pt"
@@ -1352,10 +1383,12 @@ class Trainer:
         set_seed(self.config.seed + 7919 * (self.epoch + 1), device_specific=True)
         self.generator.manual_seed(self.config.seed + 7919 * (self.epoch + 1))
         self.model.train()
+        self.model.zero_grad()  # of a batch that an interrupt broke off
         total, n_images = 0.0, 0
         for images, targets in self.loader:
-            if self.mixup is not None and len(images) % 2 == 0:  # timm mixes pairs
-                images, targets = self.mixup(images, targets)
+            pairs = len(images) // 2 * 2  # timm mixes pairs; the last of an odd batch stays
+            if self.mixup is not None and pairs:
+                images[:pairs], targets[:pairs] = self.mixup(images[:pairs], targets[:pairs])
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
                     logits = self.model(self._arrange(images))
@@ -1656,8 +1689,11 @@ def to_panorama_level(
 class _Views(Dataset):
     """Images, paths or arrays as the views a model sees: (V, 3, H, W), or what went wrong."""
 
-    def __init__(self, images: Sequence[Any], transform: Callable, halves: bool) -> None:
-        self.images, self.transform, self.halves = images, transform, halves
+    def __init__(
+        self, images: Sequence[Any], transform: Callable, panorama: bool, halves: bool
+    ) -> None:
+        self.images, self.transform = images, transform
+        self.panorama, self.halves = panorama, halves
         self.size = _needed_size(transform)
 
     def __len__(self) -> int:
@@ -1667,14 +1703,17 @@ class _Views(Dataset):
         if isinstance(item, (str, os.PathLike)):
             height, width = self.size
             return open_image(item, (height, 2 * width if self.halves else width))
-        return _to_rgb(item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item)))
+        image = item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item))
+        return _to_rgb(ImageOps.exif_transpose(image))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        item = self.images[index]
+        name = item if isinstance(item, (str, os.PathLike)) else f"image {index}"
         try:
-            image = self._open(self.images[index])
+            image = self._open(item)
             width, height = image.size
-            if self.halves and abs(width - 2 * height) > 0.02 * width:
-                raise OSError(f"{self.images[index]}: {width} × {height} px is no 2:1 panorama.")
+            if self.panorama and abs(width - 2 * height) > 0.02 * width:
+                raise OSError(f"{name}: {width} × {height} px is no 2:1 panorama.")
         except OSError as error:
             return torch.full((1 + self.halves, 3, *self.size), torch.nan), str(error)
         boxes = [(0, 0, width // 2, height), (width // 2, 0, width, height)]
@@ -1701,7 +1740,7 @@ class Classifier:
         view: str = "half",
         panorama_thresholds: Sequence[float] | None = None,
     ) -> None:
-        if view not in ("half", "panorama"):
+        if view not in VIEWS:
             raise ValueError(f"view={view!r}: expected 'half' or 'panorama'.")
         if not len(labels) == len(thresholds) == model.spec["num_labels"]:
             raise ValueError(
@@ -1712,6 +1751,10 @@ class Classifier:
         self.thresholds = np.asarray(thresholds, float)
         own = self.thresholds if panorama_thresholds is None else panorama_thresholds
         self.panorama_thresholds = np.asarray(own, float)
+        if self.panorama_thresholds.shape != (len(self.labels),):
+            raise ValueError(
+                f"{len(own)} panorama_thresholds and {len(self.labels)} labels do not match."
+            )
         accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         self.device = next((name for name, found in accelerators.items() if found), "cpu")
         self.model = model.to(self.device).eval()
@@ -1761,24 +1804,21 @@ class Classifier:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != content["sha256"]:
             raise ValueError(f"{weights}: not the file that {path.name} was saved with (sha256).")
         keys = ("num_labels", "head", "img_size")
-        model = build_model(
-            content["model_name"],
-            **{k: content[k] for k in keys},
-            pretrained=False,
-            **content["model_kwargs"],
-        )
+        try:
+            known = {key: content[key] for key in keys} | content["model_kwargs"]
+            model = build_model(content["model_name"], pretrained=False, **known)
+            model.data_config |= {k: content[k] for k in ("mean", "std", "interpolation")}
+            classifier = cls(model, *(content[key] for key in _ARGUMENTS))
+        except Exception as error:  # a stranger's values may fail anywhere inside timm
+            raise ValueError(f"{path}: no model can be made of it ({error}).") from None
         try:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as error:
-            raise ValueError(f"{weights}: does not fit {content['model_name']}: {error}") from None
-        model.data_config |= {k: content[k] for k in ("mean", "std", "interpolation")}
-        classifier = cls(
-            model,
-            content["labels"],
-            content["thresholds"],
-            content["view"],
-            content["panorama_thresholds"],
-        )
+            what = type(error).__name__
+            raise ValueError(
+                f"{weights}: does not fit {content['model_name']}, or is no plain state dict"
+                f" ({what})."
+            ) from None
         classifier.description = content
         return classifier
 
@@ -1813,7 +1853,7 @@ class Classifier:
             uses the thresholds tuned for panoramas. A model of panoramas answers once.
         """
         halves = self.view == "half"
-        names, probs, errors = self._predict(images, halves, batch_size, num_workers, unreadable)
+        names, probs, errors = self._predict(images, True, batch_size, num_workers, unreadable)
         whole = self.panorama_thresholds if halves else self.thresholds
         tables = [self._table(probs[:, i], self.thresholds) for i in range(2 if halves else 0)]
         tables.append(self._table(probs.max(1), whole))
@@ -1826,14 +1866,18 @@ class Classifier:
         return table
 
     def _predict(
-        self, images: Any, halves: bool, batch_size: int, num_workers: int, unreadable: str
+        self, images: Any, panorama: bool, batch_size: int, num_workers: int, unreadable: str
     ) -> tuple[list[str], np.ndarray, list[str]]:
         """Return names, probabilities (N, V, L) and error messages."""
+        if unreadable not in ("raise", "skip"):
+            raise ValueError(f"unreadable={unreadable!r}: expected 'raise' or 'skip'.")
+        halves = panorama and self.view == "half"
         items = _as_items(images)
         named = [isinstance(item, (str, os.PathLike)) for item in items]
         names = [str(x) if path else f"image {i}" for i, (x, path) in enumerate(zip(items, named))]
-        loader = make_loader(_Views(items, self.transform, halves), batch_size, False, num_workers)
-        bar = tqdm(loader, desc="classifying", leave=False, disable=len(loader) < 3)
+        views = _Views(items, self.transform, panorama, halves)
+        loader = make_loader(views, batch_size, num_workers=num_workers)
+        bar = tqdm(loader, desc="classifying", leave=False) if len(loader) > 2 else loader
         probs, errors = [np.empty((0, 1 + halves, len(self.labels)))], []
         precision = fast_precision()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -1858,9 +1902,14 @@ def _as_items(images: Any) -> list[Any]:
         return [item for image in images for item in _as_items(image)]
     if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
         return list_images(images)
+    if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim not in (2, 3)):
+        raise TypeError(f"array {images.shape} {images.dtype}: expected (H, W, 3) of uint8.")
     if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
         return [images]
     raise TypeError(f"{type(images).__name__}: expected an image, an array, a path or a folder.")
+
+
+_ARGUMENTS = ("labels", "thresholds", "view", "panorama_thresholds")
 
 
 def _check_description(content: dict) -> None:
@@ -1877,7 +1926,17 @@ def _check_description(content: dict) -> None:
         raise ValueError("weights must be a file name beside it, not a path.")
     if not timm.is_model(content["model_name"]):
         raise ValueError(f"timm has no model {content['model_name']!r}.")
+    if len(set(content["labels"])) < len(content["labels"]) or not all(
+        isinstance(label, str) for label in content["labels"]
+    ):
+        raise ValueError("labels should be different texts.")
+    for key in ("thresholds", "panorama_thresholds", "mean", "std"):
+        if not all(isinstance(value, (int, float)) for value in content[key]):
+            raise ValueError(f"{key} should be numbers.")
+    if not len(content["mean"]) == len(content["std"]) == 3 or min(content["std"]) <= 0:
+        raise ValueError("mean and std should be three numbers, std above 0.")
     reaching = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+    reaching |= {"name", "pretrained", "num_labels", "head", "img_size", "features_only"}
     if reaching & set(content["model_kwargs"]):
         raise ValueError(
             f"model_kwargs may not hold {_some(reaching & set(content['model_kwargs']))}."
