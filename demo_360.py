@@ -60,8 +60,8 @@ STEP = 6.0  # metres between photos
 STRETCH = 60.0  # metres of transect that are furnished together
 RANGE = 32.0  # metres beyond which the ground melts into haze
 BOARDWALK_HALF_WIDTH = 0.8
-SUN_RADIUS, GLOW_RADIUS = math.radians(5), math.radians(15)
-LILY_RANGE = 18.0
+SUN_RADIUS, GLOW_RADIUS = math.radians(6), math.radians(15)
+LILY_RANGE = 14.0
 LILY_CELL = 0.95  # metres; one pad at most grows in each cell of this size
 
 N_DAYS = 10
@@ -137,7 +137,7 @@ class Thing:
 KINDS = {
     "conifer": (TREES, 48.0),
     "round": (TREES, 48.0),
-    "house": (BUILDING, 42.0),
+    "house": (BUILDING, 32.0),
     "reeds": (GRASS, 20.0),
     "tuft": (GRASS, 9.0),
     "flower": (LILY, 13.0),
@@ -385,7 +385,7 @@ def _furnish(survey: Survey, stretch: int, rng: np.random.Generator) -> None:
             _plant_grove(survey, start + rng.uniform(0, STRETCH), side, rng)
         if rng.uniform() < survey.site.houses:
             x, y = _place(survey, start + rng.uniform(0, STRETCH), side * rng.uniform(9, 17))
-            survey.things.append(Thing("house", x, y, rng.uniform(9, 12), rng.integers(3)))
+            survey.things.append(Thing("house", x, y, rng.uniform(10, 13), rng.integers(3)))
     if rng.uniform() < 0.9 * survey.site.boardwalk:
         _build_boardwalk(survey, start, rng)
     _sow_plants(survey, start, rng)
@@ -503,10 +503,10 @@ def _paint_sky(survey: Survey, azimuth: Array, elevation: Array, photo: int) -> 
         warm = _mix(_rgb(weather.light), _rgb("#fff3b8"), np.float32(0.5))
         sky = _mix(sky, warm, 0.55 * np.exp((cosine - 1) * 22))
         sky = _mix(sky, _rgb("#fff6c4"), np.exp((cosine - 1) * 160) * 0.95)
-        sky = _mix(sky, cloud_color, clouds)
+        sky = _mix(sky, cloud_color, clouds * (1 - np.exp((cosine - 1) * 60)))  # it shines through
         disc = _ramp((cosine - math.cos(SUN_RADIUS)) * 900)
-        sky = _mix(sky, _rgb("#fffbe0"), disc * (1 - 0.6 * clouds))
-        ids[(cosine > math.cos(GLOW_RADIUS)) & (clouds < 0.7)] = SUN
+        sky = _mix(sky, _rgb("#ffe14a"), disc)
+        ids[cosine > math.cos(GLOW_RADIUS)] = SUN
     _paint_hills(survey, azimuth, elevation, sky, ids)
     return sky, ids
 
