@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from cloudpickle import register_pickle_by_value
 from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from joblib import Parallel, delayed
-from joblib.externals.cloudpickle import register_pickle_by_value
 from PIL import Image
 from sklearn.metrics import f1_score
 

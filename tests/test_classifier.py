@@ -143,7 +143,7 @@ def test_panorama_thresholds_must_match_in_number():
 
 
 def test_probabilities_are_the_models_own(monkeypatch, photos):
-    monkeypatch.setattr(du, "fast_precision", lambda: "no")
+    monkeypatch.setattr(du, "fast_precision", lambda model: "no")
     model = tiny_model()
     table = du.Classifier(model, LABELS, THRESHOLDS).predict(photos[1][0])
     image = du.make_transforms(model, train=False)(du.open_image(photos[1][0]))

@@ -442,7 +442,7 @@ def test_cache_is_used_for_a_transform_that_is_a_single_step(partition, tmp_path
 
 
 def test_cached_copies_are_shrunk_but_never_below_what_the_transform_needs(partition, tmp_path):
-    augment = du.make_transforms(PlainModel(32, 32), train=True)
+    augment = du.make_transforms(PlainModel(32, 32), train=True, crop_scale=(0.7, 1.0))
     du.DataPartition(partition, ["tree"], augment, tmp_path / "cache")[0]
     (copy,) = (tmp_path / "cache").rglob("*.npy")
     height, width = np.load(copy).shape[:2]

@@ -95,7 +95,7 @@ def test_files_lie_in_site_day_and_export_folders(demo):
     assert len(found) == N_PANORAMAS
     for path in found:
         assert re.fullmatch(
-            r"[^/]+/Day \d/jpg_export/IMG_\d{8}_\d{6}_\d{4}\.jpg", path.as_posix()
+            r"[^/]+/Day \d+/jpg_export/IMG_\d{8}_\d{6}_\d{4}\.jpg", path.as_posix()
         ), path
     assert len({path.parts[0] for path in found}) >= 3  # sites
     assert len({path.parts[1] for path in found}) >= 3  # survey days

@@ -878,10 +878,15 @@ def test_validation_part_without_any_present_label_is_refused(tables, sets, tmp_
         trainer((sets[0], val), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate", "grad_accum_steps"])
-@pytest.mark.parametrize("value", [0, -1, NAN])
+IMPOSSIBLE = [(name, v) for name in ("epochs", "batch_size", "patience") for v in (0, -1, 1.5)]
+IMPOSSIBLE += [(name, v) for name in ("learning_rate", "clip_grad") for v in (0, -1, NAN)]
+IMPOSSIBLE += [(name, v) for name in ("layer_decay", "ema_decay") for v in (0, -1, 2)]
+IMPOSSIBLE += [(name, -1) for name in ("weight_decay", "mixup_alpha", "cutmix_alpha")]
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
 def test_settings_that_cannot_be_are_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value}: expected a positive number"):
+    with pytest.raises(ValueError, match=f"{name}={value}: expected"):
         du.TrainConfig(**{name: value})
 
 
@@ -900,7 +905,7 @@ def test_unreadable_picture_stops_training_by_its_name(tables, tmp_path):
 @pytest.mark.parametrize("precision", ["no", "bf16", "auto"])
 def test_precision_is_what_was_asked_for(sets, tmp_path, precision):
     run = trainer(sets, tmp_path, precision=precision, epochs=2)
-    wanted = du.fast_precision() if precision == "auto" else precision
+    wanted = du.fast_precision(run.model) if precision == "auto" else precision
     assert run.accelerator.mixed_precision == wanted
     kinds = set()
     run.model.head.register_forward_hook(lambda _, __, output: kinds.add(output.dtype))
@@ -908,6 +913,19 @@ def test_precision_is_what_was_asked_for(sets, tmp_path, precision):
     assert kinds == {{"no": torch.float32, "bf16": torch.bfloat16}.get(wanted, torch.float16)}
     assert np.isfinite(history[["train_loss", "val_loss"]]).all(axis=None)
     assert all(v.dtype == torch.float32 for v in weights_of(tmp_path / "best_model.pt").values())
+
+
+@pytest.mark.parametrize(("units", "wanted"), [(["avx512_bf16"], "bf16"), (["avx2"], "no")])
+def test_half_precision_only_where_the_cpu_has_it_and_for_no_convolutions(
+    monkeypatch, units, wanted
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
+    products = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(12)))
+    convolutions = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 1) for _ in range(12)))
+    assert du.fast_precision(products) == wanted
+    assert du.fast_precision(convolutions) == "no"
 
 
 def test_unknown_precision_is_refused(sets, tmp_path):
