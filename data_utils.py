@@ -84,6 +84,7 @@ __all__ = [
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 VIEWS = ("half", "panorama")
+HEADS = ("linear",)
 FORMAT_VERSION = 1
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _HALF = re.compile(r"_(left|right)$")
@@ -110,10 +111,23 @@ def _write_json(path: str | os.PathLike, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+def _save_weights(model: nn.Module, path: Path) -> str:
+    """Write a plain state dict on the CPU and return the sha256 of the file."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with _replacing(path) as temporary:
+        torch.save(weights, temporary)
+        return hashlib.sha256(temporary.read_bytes()).hexdigest()
+
+
 def _some(names: Iterable[Any], most: int = 5) -> str:
     names = [str(name) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}.")
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
@@ -137,7 +151,7 @@ def _parse_row(line: str, where: str) -> dict:
     hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) a line"
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5 000 digits
         raise ValueError(f"{where}: not JSON ({error}); {hint}.") from None
     if isinstance(row, list) or (isinstance(row, dict) and {"Labeled Data", "Label"} & set(row)):
         raise ValueError(f"{where}: this looks like a v1 or array export; {hint}. Export it again.")
@@ -170,22 +184,19 @@ def _row_answers(row: dict) -> Iterator[dict]:
     """Yield the answers of one row: every project, every annotator; at least one record a row."""
     data_row = row["data_row"]
     base = {"image": data_row["external_id"], "data_row_id": data_row.get("id")}
-    base |= {"project": None, "annotator": None, "label_id": None, "judged": False}
-    base |= {"question": None, "kind": None, "answer": None}
-    found = False
+    base |= dict.fromkeys(["project", "annotator", "label_id"]) | {"judged": False}
+    base |= dict.fromkeys(["question", "kind", "answer"])
+    if not any(project.get("labels") for project in row["projects"].values()):
+        yield base
     for project_id, project in row["projects"].items():
         for number, label in enumerate(project.get("labels") or []):
-            found = True
-            name = project.get("name") or project_id
             annotator = (label.get("label_details") or {}).get("created_by")
             skipped = bool((label.get("performance_details") or {}).get("skipped"))
-            key = {"project": name, "label_id": label.get("id") or f"{project_id}-{number}"}
-            key |= {"annotator": annotator, "judged": not skipped}
+            key = {"project": project.get("name") or project_id, "annotator": annotator}
+            key |= {"label_id": label.get("id") or f"{project_id}-{number}", "judged": not skipped}
             classifications = label.get("annotations", {}).get("classifications") or []
             answers = [] if skipped else list(_walk_answers(classifications))
-            yield from ({**base, **key, **answer} for answer in answers or [{}])
-    if not found:
-        yield base
+            yield from (base | key | answer for answer in answers or [{}])
 
 
 def _checked_answers(row: dict, where: str) -> list[dict]:
@@ -226,21 +237,20 @@ def read_labelbox(
     Raises:
         ValueError: the file or a line is no v2 export; names file, line and what was expected.
     """
-    if problematic not in ("drop", "keep"):
-        raise ValueError(f"problematic={problematic!r}: expected 'drop' or 'keep'.")
-    records, seen, duplicates = [], set(), []
+    _check_choice("problematic", problematic, ("drop", "keep"))
+    records, images = [], []
     with open(path, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 row = _parse_row(line, f"{path}, line {number}")
-                image = row["data_row"]["external_id"]
-                duplicates += [image] if image in seen else []
-                seen.add(image)
+                images.append(row["data_row"]["external_id"])
                 records += _checked_answers(row, f"{path}, line {number}")
     if not records:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export, one JSON object a line.")
     answers = pd.DataFrame(records).drop_duplicates(ignore_index=True)
     answers["grade"] = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
+    images = pd.Series(images)
+    duplicates = images[images.duplicated()].tolist()
     return _name_labels(answers, duplicates, problematic, flags)
 
 
@@ -255,7 +265,7 @@ def _name_labels(
     key = ["image", "label_id", "label"]
     ungraded = graded & (answers.groupby(key, observed=True)["grade"].transform("count") == 0)
     judged = answers.groupby("image", sort=False)["judged"].any()
-    bad = answers.loc[answers["question"] == flags[0], "image"].unique() if flags else []
+    bad = answers.loc[answers["question"].isin(flags[:1]), "image"].unique()
     report = {
         "images": len(judged),
         "duplicated": duplicates,
@@ -289,19 +299,18 @@ def to_targets(
         averaged; without `soft` the majority decides and a tie counts as present. An image that
         nobody labelled, or an answer that lacks its grade, is unknown.
     """
-    if unanswered not in ("absent", "unknown"):
-        raise ValueError(f"unanswered={unanswered!r}: expected 'absent' or 'unknown'.")
+    _check_choice("unanswered", unanswered, ("absent", "unknown"))
     vocabulary = answers["label"].cat.categories
     key = ["image", "project", "label_id"]
     given = answers[answers["judged"] & answers["label"].notna()].copy()
     graded = given["label"].astype(str) == given["question"]
     grade = given["grade"].where(graded, 1)
-    used = set(grade[grade.between(1, positive_max)].unique())
-    if soft and used - set(soft):
-        raise ValueError(f"soft={soft}: no target for grade {_some(sorted(used - set(soft)))}.")
-    value = (grade.map(soft) if soft else grade.between(1, positive_max)).astype(float)
-    value = value.where(grade.between(1, positive_max), 0)
-    given["value"] = value.fillna(0).where(grade.notna(), -1)  # -1 loses to any grade beside it
+    present = grade.between(1, positive_max)
+    lacking = sorted(set(grade[present]) - set(soft or grade))
+    if lacking:
+        raise ValueError(f"soft={soft}: no target for grade {_some(lacking)}.")
+    value = (grade.map(soft) if soft else present).astype(float).where(present, 0)
+    given["value"] = value.where(grade.notna(), -1)  # -1 loses to any grade beside it
     table = given.pivot_table("value", key, "label", aggfunc="max", observed=True, sort=False)
     everyone = answers.loc[answers["judged"], key].drop_duplicates()
     table = table.reindex(index=pd.MultiIndex.from_frame(everyone), columns=vocabulary)
@@ -321,11 +330,9 @@ def _read_table(path: str | os.PathLike) -> pd.DataFrame:
     text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
     try:
         table = pd.read_csv(path, encoding="utf-8-sig", **text).fillna("")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        reason = str(error).strip()
-        raise ValueError(
-            f"{path}: no CSV with a header, a label column and equal rows ({reason})."
-        ) from None
+    except ValueError as error:  # pandas' own errors and UnicodeDecodeError
+        problem = f"no CSV with a header, a label column and equal rows ({str(error).strip()})."
+        raise ValueError(f"{path}: {problem}") from None
     table = table.apply(lambda column: column.str.strip())
     names = table.iloc[0].tolist()
     if len(set(names)) < len(names) or "" in names[1:]:
@@ -340,10 +347,10 @@ def _parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd
     good = ((values >= 0) & (values <= 1)) if soft else values.isin([0, 1])
     rows, columns = np.nonzero((~good & (cells != "")).to_numpy())
     if len(rows):
-        found = [
-            f"line {cells.index[r] + 2}, {cells.columns[c]}: {cells.iloc[r, c]!r}"
-            for r, c in zip(rows, columns)
+        places = [
+            (cells.index[r] + 2, cells.columns[c], cells.iloc[r, c]) for r, c in zip(rows, columns)
         ]
+        found = [f"line {line}, {column}: {cell!r}" for line, column, cell in places]
         expected = "0 to 1" if soft else "0, 1"
         raise ValueError(f"{path}: expected {expected} or an empty cell, found {_some(found)}.")
     return values.astype(float)
@@ -362,8 +369,7 @@ def read_csv_labels(path: str | os.PathLike, unlisted: str = "unknown") -> pd.Da
     Raises:
         ValueError: a value outside 0/1/empty, a file name twice, or no label column; with line.
     """
-    if unlisted not in ("unknown", "absent"):
-        raise ValueError(f"unlisted={unlisted!r}: expected 'unknown' or 'absent'.")
+    _check_choice("unlisted", unlisted, ("unknown", "absent"))
     table = _read_table(path)
     if table.shape[1] < 2:
         raise ValueError(f"{path}: expected a file name column and at least one label column.")
@@ -450,22 +456,10 @@ def attach_images(
         FileNotFoundError: images are not there.
         ValueError: a name fits several files, a name occurs twice, or `group_by` does not apply.
     """
+    _check_choice("missing", missing, ("raise", "skip"))
     image_dir = Path(image_dir)
-    below = [p.relative_to(image_dir) for p in list_images(image_dir)]
-    by_name: dict[str, list[Path]] = {}
-    for path in below:
-        for name in {path.name, path.stem}:
-            by_name.setdefault(name, []).append(path)
-
-    def candidates(image: str) -> list[Path]:
-        parts = Path(image).parts
-        found = by_name.get(parts[-1], [])
-        return [p for p in found if p.parts[-len(parts) : -1] == parts[:-1]]
-
-    matches = targets["image"].map(candidates)
-    several = [
-        f"{image} ({_some(m, 3)})" for image, m in zip(targets["image"], matches) if len(m) > 1
-    ]
+    matches = _find_images(targets["image"], image_dir)
+    several = [f"{name} ({_some(m, 3)})" for name, m in zip(targets["image"], matches) if m[1:]]
     if several:
         raise ValueError(
             f"{image_dir}: {len(several)} image names fit several files, give paths below"
@@ -489,22 +483,33 @@ def attach_images(
     return found
 
 
+def _find_images(images: pd.Series, image_dir: Path) -> pd.Series:
+    """Return for each image name the files it fits, relative to `image_dir`."""
+    by_name: dict[str, list[Path]] = {}
+    for path in list_images(image_dir):
+        for name in {path.name, path.stem}:
+            by_name.setdefault(name, []).append(path.relative_to(image_dir))
+
+    def fitting(image: str) -> list[Path]:
+        folders = Path(image).parts[:-1]
+        found = by_name.get(Path(image).name, [])
+        return [p for p in found if p.parts[-len(folders) - 1 : -1] == folders]
+
+    return images.map(fitting)
+
+
 def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> pd.Series:
     if isinstance(group_by, str) and group_by in targets.columns:
         return targets[group_by].astype(str)
     if group_by == "panorama":
         return paths.map(lambda p: (p.parent / _HALF.sub("", p.stem)).as_posix())
     if not isinstance(group_by, int) or group_by < 1:
-        raise ValueError(
-            f"group_by={group_by!r}: expected 'panorama', a number of folders or a column of "
-            f"{_some(targets.columns)}."
-        )
+        wanted = f"'panorama', a number of folders or a column of {_some(targets.columns)}"
+        raise ValueError(f"group_by={group_by!r}: expected {wanted}.")
     shallow = [p for p in paths if len(p.parts) <= group_by]
     if shallow:
-        raise ValueError(
-            f"group_by={group_by}: {len(shallow)} images lie less than {group_by} folders deep: "
-            f"{_some(shallow)}."
-        )
+        problem = f"{len(shallow)} images lie less than {group_by} folders deep: {_some(shallow)}"
+        raise ValueError(f"group_by={group_by}: {problem}.")
     return paths.map(lambda p: "/".join(p.parts[:group_by]))
 
 
@@ -553,11 +558,18 @@ def group_stratified_split(
             start[np.flatnonzero(start == np.bincount(start).argmax())[0]] = i
     part = _refine_split(start, positive, known, np.bincount(group), share, seed)[group]
     parts = {name: df[part == i] for i, name in enumerate(("train", "val", "test"))}
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        assert set(parts[a][group_col]).isdisjoint(parts[b][group_col]), (
-            f"a group is in {a} and {b}"
-        )
+    n_found = sum(rows[group_col].nunique() for rows in parts.values())
+    assert n_found == len(names), "a group is in two parts"
     return parts
+
+
+def _split_cost(totals: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Return how unlike the parts are; totals (..., 3, 2L + 1) as in `_refine_split`."""
+    deviation, known = np.split(totals[..., :-1], 2, axis=-1)
+    deviation = deviation / np.maximum(known, 1)
+    size_error = totals[..., -1] / totals[..., -1].sum(-1, keepdims=True) - share
+    worst = np.abs(deviation).max((-1, -2))
+    return (deviation**2).sum((-1, -2)) + 4 * worst**2 + (size_error**2).sum(-1)
 
 
 def _refine_split(
@@ -567,8 +579,6 @@ def _refine_split(
     size: np.ndarray,
     share: np.ndarray,
     seed: int,
-    n_rounds: int = 800,
-    n_swaps: int = 64,
 ) -> np.ndarray:
     """Return `part` (G,) after the best of 64 random swaps, if it helps, in each of 800 rounds."""
     rng = np.random.default_rng(seed)
@@ -576,24 +586,16 @@ def _refine_split(
     # A part's deviation is its sum of `positive - rate * known` over its number of known cells.
     features = np.hstack([positive - rate * known, known, size[:, None]])  # (G, 2L + 1)
     totals = np.stack([features[part == i].sum(0) for i in range(len(share))])  # (3, 2L + 1)
-    n_labels = positive.shape[1]
-
-    def cost(totals: np.ndarray) -> np.ndarray:
-        deviation = totals[..., :n_labels] / np.maximum(totals[..., n_labels:-1], 1)
-        size_error = totals[..., -1] / size.sum() - share
-        worst = np.abs(deviation).max((-1, -2))
-        return (deviation**2).sum((-1, -2)) + 4 * worst**2 + (size_error**2).sum(-1)
-
-    best = cost(totals)
-    for _ in range(n_rounds):
-        i, j = rng.integers(len(part), size=(2, n_swaps))
+    best = _split_cost(totals, share)
+    for _ in range(800):
+        i, j = rng.integers(len(part), size=(2, 64))
         i, j = i[part[i] != part[j]], j[part[i] != part[j]]
         if not len(i):
             continue
         swapped = np.repeat(totals[None], len(i), axis=0)
         swapped[np.arange(len(i)), part[i]] += features[j] - features[i]
         swapped[np.arange(len(i)), part[j]] -= features[j] - features[i]
-        costs = cost(swapped)
+        costs = _split_cost(swapped, share)
         k = costs.argmin()
         if costs[k] < best:
             best, totals = costs[k], swapped[k]
@@ -610,17 +612,16 @@ def label_distribution(
         One line a label and part: label, part, present, absent, unknown, rate (present among
         known) and deviation, the part's rate less the overall rate in percentage points.
     """
-    long = pd.concat(parts, names=["part"])[list(label_columns)].melt(
-        var_name="label", value_name="value", ignore_index=False
-    )
-    long = long.assign(
-        present=long["value"] >= 0.5, absent=long["value"] < 0.5, unknown=long["value"].isna()
-    )
-    counts = long.groupby(["label", "part"], sort=False)[["present", "absent", "unknown"]].sum()
+    long = pd.concat(parts, names=["part"])[list(label_columns)]
+    long = long.melt(var_name="label", ignore_index=False)
+    value = long["value"]
+    cells = {"present": value >= 0.5, "absent": value < 0.5, "unknown": value.isna()}
+    counts = long.assign(**cells).groupby(["label", "part"], sort=False)[list(cells)].sum()
+    known = counts["present"] + counts["absent"]
     overall = counts.groupby("label", sort=False).transform("sum")
-    counts["rate"] = counts["present"] / (counts["present"] + counts["absent"])
-    rate = overall["present"] / (overall["present"] + overall["absent"])
-    counts["deviation"] = 100 * (counts["rate"] - rate)
+    overall = overall["present"] / (overall["present"] + overall["absent"])
+    counts["rate"] = counts["present"] / known
+    counts["deviation"] = 100 * (counts["rate"] - overall)
     return counts.reset_index()
 
 
@@ -638,15 +639,12 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run partitioning.ipynb to make it.")
     df = _read_table(path)
-    absent = [column for column in NOT_LABELS if column not in df.columns]
     labels = [column for column in df.columns if column not in NOT_LABELS]
-    if absent or not labels:
+    if not labels or not set(NOT_LABELS) <= set(df.columns):
         raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
     df = df.assign(**_parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
-    df["image_path"] = [
-        Path(os.path.normpath(path.parent / p)).as_posix() for p in df["image_path"]
-    ]
-    return df, labels
+    paths = [os.path.normpath(path.parent / p) for p in df["image_path"]]
+    return df.assign(image_path=[Path(p).as_posix() for p in paths]), labels
 
 
 def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
@@ -674,35 +672,30 @@ def find_near_duplicates(
     """Find pairs of images that look the same, by 64-bit perceptual hash (imagehash.phash).
 
     Args:
-        paths: image files.
         max_distance: most bits of 64 in which two hashes may differ.
         unreadable: "raise", or "skip" to list files that cannot be read in `.attrs["unreadable"]`.
-        n_jobs: threads.
 
     Returns:
         One line a pair: first, second (positions in `paths`), distance in bits; closest first.
     """
+    _check_choice("unreadable", unreadable, ("raise", "skip"))
     jobs = tqdm([delayed(_image_hash)(path) for path in paths], desc="hashing", leave=False)
     hashes = Parallel(n_jobs, prefer="threads")(jobs)  # decoding releases the interpreter lock
     errors = [found for found in hashes if isinstance(found, str)]
     if errors and unreadable == "raise":
         raise OSError(f"{len(errors)} images cannot be read: {_some(errors)}")
     readable = np.array([i for i, found in enumerate(hashes) if not isinstance(found, str)], int)
-    pairs = pd.DataFrame({"first": [], "second": [], "distance": []}, dtype=int)
-    if len(readable):
-        bits = np.packbits(np.stack([hashes[i] for i in readable]), axis=1).view(np.uint64)[:, 0]
-        found = []
-        for start in range(0, len(bits), 1024):  # a block of rows at a time bounds the memory
-            distance = np.bitwise_count(bits[start : start + 1024, None] ^ bits[None, start:])
-            i, j = np.nonzero(distance <= max_distance)
-            i, j, d = i[j > i], j[j > i], distance[i[j > i], j[j > i]]
-            found.append(
-                np.stack([readable[i + start], readable[j + start], d.astype(int)], axis=1)
-            )
-        pairs = pd.DataFrame(np.concatenate(found), columns=pairs.columns)
-    pairs = pairs.sort_values(["distance", "first", "second"], ignore_index=True)
-    pairs.attrs["unreadable"] = errors
-    return pairs
+    bits = np.array([hashes[i] for i in readable], bool).reshape(-1, 64)
+    bits = np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+    pairs = [np.empty((0, 3), int)]
+    for start in range(0, len(bits), 1024):  # a block of rows at a time bounds the memory
+        distance = np.bitwise_count(bits[start : start + 1024, None] ^ bits[start:])
+        i, j = np.nonzero(np.triu(distance <= max_distance, 1))
+        pairs.append(np.stack([readable[i + start], readable[j + start], distance[i, j]], axis=1))
+    table = pd.DataFrame(np.concatenate(pairs), columns=["first", "second", "distance"])
+    table = table.sort_values(["distance", "first", "second"], ignore_index=True)
+    table.attrs["unreadable"] = errors
+    return table
 
 
 # ---------------------------------------------------------------- data
@@ -730,16 +723,15 @@ def open_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image; check the folder or the CSV.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(
-            f"{path}: cannot be read as an image ({error}); replace it or leave it out."
-        ) from None
+        problem = f"cannot be read as an image ({error}); replace it or leave it out."
+        raise OSError(f"{path}: {problem}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, convert() would clip
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        grey = np.asarray(image)
+        is_8_bit = image.mode == "I" and grey.max() < 256
+        image = Image.fromarray((grey >> (0 if is_8_bit else 8)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -760,9 +752,7 @@ class RandomHorizontalRoll(v2.Transform):
     def __init__(self, view: str) -> None:
         super().__init__()
         if view != "panorama":
-            raise ValueError(
-                f"view={view!r}: only whole panoramas wrap; halves must not be rolled."
-            )
+            raise ValueError(f"view={view!r}: only panoramas wrap; halves must not be rolled.")
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {"turn": float(torch.rand(()))}
@@ -782,12 +772,10 @@ def make_transforms(
 
     Args:
         model: from `build_model`.
-        train: whether to augment.
         view: "half" (photos that do not wrap) or "panorama".
         crop_scale: share of the picture that a random crop keeps; a small one may cut a label off.
     """
-    if view not in VIEWS:
-        raise ValueError(f"view={view!r}: expected 'half' or 'panorama'.")
+    _check_choice("view", view, VIEWS)
     config = model.data_config
     size, mode = config["input_size"][1:], v2.InterpolationMode(config["interpolation"])
     steps: list[nn.Module] = [v2.ToImage()]
@@ -845,10 +833,8 @@ class DataPartition(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
         size = _needed_size(self.transform)
-        if self.cache_dir and size:
-            image = self._open_cached(self.paths[index], size)
-        else:
-            image = open_image(self.paths[index], size)
+        read = self._open_cached if self.cache_dir and size else open_image
+        image = read(self.paths[index], size)
         target = torch.tensor(self.targets[index])
         return (self.transform(image) if self.transform else image), target
 
@@ -862,10 +848,8 @@ class DataPartition(Dataset):
         if copy.exists():
             return Image.fromarray(np.load(copy, allow_pickle=False))
         image = open_image(path, size)
-        scale = max(size[0] / image.height, size[1] / image.width)
-        if scale < 1:
-            shrunk = (round(image.width * scale), round(image.height * scale))
-            image = image.resize(shrunk, Image.Resampling.BICUBIC)
+        if image.height > size[0] and image.width > size[1]:
+            image = ImageOps.cover(image, size[::-1])
         with _replacing(copy) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
         return image
@@ -878,13 +862,8 @@ class TriStateMixup(Mixup):
     """
 
     def __init__(self, num_labels: int, mixup_alpha: float, cutmix_alpha: float) -> None:
-        super().__init__(
-            mixup_alpha=mixup_alpha,
-            cutmix_alpha=cutmix_alpha,
-            label_smoothing=0.0,
-            num_classes=2 * num_labels,
-            multi_label=True,
-        )
+        dense = {"num_classes": 2 * num_labels, "multi_label": True, "label_smoothing": 0.0}
+        super().__init__(mixup_alpha, cutmix_alpha, **dense)
 
     def __call__(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         both = torch.cat([target.nan_to_num(0.0), target.isnan().float()], dim=1)  # (B, 2L)
@@ -926,7 +905,6 @@ def build_model(
 
     Args:
         name: any timm model, e.g. "swinv2_base_window12to24_192to384".
-        num_labels: number of logits.
         head: "linear".
         pretrained: True (Hugging Face hub), False (random weights) or a state-dict file.
         img_size: input height and width in pixels; None is the model's own.
@@ -945,74 +923,57 @@ def build_model(
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
-    size = (
-        tuple(img_size) if isinstance(img_size, Sequence) else (img_size,) * 2 if img_size else None
-    )
-    kwargs = dict(timm_kwargs, num_classes=num_labels)
-    model = _create_model(name, size, kwargs)
+    size = timm.layers.to_2tuple(img_size) if img_size else None
+    model = _create_model(name, size, dict(timm_kwargs, num_classes=num_labels))
     if pretrained:
         _load_pretrained(model, name, pretrained, num_labels)
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *size) if size else config["input_size"]
     model.data_config = {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
     model.spec = {"model_name": name, "head": head, "head_kwargs": {}, "num_labels": num_labels}
-    model.spec |= {
-        "img_size": list(model.data_config["input_size"][1:]),
-        "model_kwargs": timm_kwargs,
-    }
+    model.spec |= {"img_size": list(config["input_size"][1:]), "model_kwargs": timm_kwargs}
     return model
 
 
-HEADS = ("linear",)
-
-
 def _create_model(name: str, size: tuple[int, int] | None, kwargs: dict) -> nn.Module:
-    if size is None:
-        return timm.create_model(name, **kwargs)
-    _check_img_size(name, size, kwargs)
     try:
-        return timm.create_model(name, img_size=size, **kwargs)
+        if size is not None:
+            _check_img_size(name, size, kwargs)
+            return timm.create_model(name, img_size=size, **kwargs)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return timm.create_model(name, **kwargs)  # convolutional: takes any size
+    return timm.create_model(name, **kwargs)  # convolutional: takes any size
 
 
 def _fits(name: str, size: tuple[int, int], kwargs: dict) -> bool:
     """Say whether no pixel is cut off and no window is padded at this input size."""
-    with torch.device("meta"):
-        try:
+    try:
+        with torch.device("meta"):
             model = timm.create_model(name, img_size=size, **kwargs)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            return True
-        except (AssertionError, RuntimeError, ZeroDivisionError):
-            return False
-    stride = model.feature_info[-1]["reduction"] if getattr(model, "feature_info", None) else 1
-    windows = [
-        (resolution % window)
-        for block in model.modules()
-        if hasattr(block, "window_size") and hasattr(block, "input_resolution")
-        for resolution, window in zip(
-            block.input_resolution, timm.layers.to_2tuple(block.window_size)
-        )
+    except (AssertionError, RuntimeError, ZeroDivisionError):
+        return False
+    info = getattr(model, "feature_info", None)
+    blocks = [m for m in model.modules() if hasattr(m, "window_size")]
+    pairs = [(size, (info[-1]["reduction"] if info else 1,) * 2)]
+    pairs += [
+        (block.input_resolution, timm.layers.to_2tuple(block.window_size))
+        for block in blocks
+        if hasattr(block, "input_resolution")
     ]
-    return not any(side % stride for side in size) and not any(windows)
+    return not any(side % part for sides, parts in pairs for side, part in zip(sides, parts))
 
 
 def _check_img_size(name: str, size: tuple[int, int], kwargs: dict) -> None:
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"img_size={size}: expected a positive height and width.")
+    if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= 8192 for side in size):
+        raise ValueError(f"img_size={size}: expected a positive height and width, at most 8192 px.")
     if _fits(name, size, kwargs):
         return
     nearest = []
     for side in size:
-        below = (s for s in range(side, 7, -1) if s % 8 == 0 and _fits(name, (s, s), kwargs))
-        above = (
-            s for s in range(side, 2 * side + 512) if s % 8 == 0 and _fits(name, (s, s), kwargs)
-        )
-        nearest.append(sorted({next(below, None), next(above, None)} - {None}))
+        ranges = range(side // 8 * 8, 7, -8), range(-(-side // 8) * 8, 2 * side + 512, 8)
+        found = {next((s for s in r if _fits(name, (s, s), kwargs)), None) for r in ranges}
+        nearest.append(sorted(found - {None}))
     sides = " × ".join(" or ".join(map(str, sizes)) or "none" for sizes in nearest)
     raise ValueError(
         f"{name} cannot take {size[0]} × {size[1]} px (height × width): its patches or windows do"
@@ -1023,38 +984,41 @@ def _check_img_size(name: str, size: tuple[int, int], kwargs: dict) -> None:
 def _load_pretrained(
     model: nn.Module, name: str, source: bool | str | os.PathLike, num_labels: int
 ) -> None:
-    module_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if source is True:
-        try:
-            timm.models.load_pretrained(model, num_classes=num_labels, filter_fn=module_filter)
-        except Exception as error:
-            raise RuntimeError(
-                f"the pretrained weights of {name} could not be loaded from the Hugging Face hub "
-                f"({type(error).__name__}: {str(error)[:200]}). Check the connection, give a local "
-                "weight file as PRETRAINED, or set PRETRAINED = False."
-            ) from error
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if source is not True:
+        _load_file(model, name, Path(source), filter_fn)
         return
-    path = Path(source)
+    try:
+        timm.models.load_pretrained(model, num_classes=num_labels, filter_fn=filter_fn)
+    except Exception as error:
+        raise RuntimeError(
+            f"the pretrained weights of {name} could not be loaded from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error)[:200]}). Check the connection, give a local "
+            "weight file as PRETRAINED, or set PRETRAINED = False."
+        ) from error
+
+
+def _load_file(model: nn.Module, name: str, path: Path, filter_fn: Callable | None) -> None:
+    """Load all weights but the classifier's from a state dict, through timm's own key filter."""
     if not path.is_file() or path.suffix in (".npz", ".npy"):
         raise ValueError(f"{path}: no such weight file; give a state dict or PRETRAINED = False.")
     own = model.state_dict()
 
     def fitting(state: dict, model: nn.Module) -> dict:
         with contextlib.suppress(KeyError):  # weights of another architecture: named below
-            state = module_filter(state, model) if module_filter else state
+            state = filter_fn(state, model) if filter_fn else state
         return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
 
     try:
         result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=fitting)
     except Exception as error:
         raise ValueError(f"{path}: not a state dict that is safe to load ({error}).") from None
-    classifier = {f"{n}." for n, m in model.named_modules() if m is model.get_classifier()}
-    lost = [k for k in result.missing_keys if not k.startswith(tuple(classifier))]
+    classifier = tuple(f"{n}." for n, m in model.named_modules() if m is model.get_classifier())
+    lost = [k for k in result.missing_keys if not k.startswith(classifier)]
     lost = [k for k in lost if not k.endswith("num_batches_tracked")]  # files of old PyTorch
     if lost:
-        raise ValueError(
-            f"{path}: lacks {len(lost)} of {len(own)} weights of {name}: {_some(lost)}."
-        )
+        problem = f"lacks {len(lost)} of {len(own)} weights of {name}: {_some(lost)}"
+        raise ValueError(f"{path}: {problem}.")
 
 
 def gains_by_channels_last(model: nn.Module) -> bool:
@@ -1107,10 +1071,7 @@ class MaskedLoss(nn.Module):
         # One sample count for all labels, as timm expects: scale each label's rate to N images.
         counts = np.nansum(targets, axis=0) / known * len(targets)
         if class_weights is not None:
-            if class_weights not in CLASS_WEIGHT_METHODS:
-                raise ValueError(
-                    f"class_weights={class_weights!r}: expected {CLASS_WEIGHT_METHODS}."
-                )
+            _check_choice("class_weights", class_weights, CLASS_WEIGHT_METHODS)
             kind, weights = compute_class_weights(counts, len(targets), class_weights)
             kwargs[kind] = weights
         if name == "db":
@@ -1130,6 +1091,12 @@ class MaskedLoss(nn.Module):
             return self.loss(logits.float().masked_fill(~known, -1e4), targets)
         cells = self.loss(logits.float(), targets)  # (B, L)
         return (cells * known).sum() / known.sum().clamp(min=1)
+
+
+def _remove_resume_point(folder: Path) -> None:
+    """Delete last/, its trainer.json first: half of it never looks complete."""
+    (folder / "trainer.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
@@ -1164,15 +1131,12 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "grad_accum_steps", "patience"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number from 1.")
-        for name, low, high in (
-            ("learning_rate", 0, np.inf),
-            ("clip_grad", 0, np.inf),
-            ("layer_decay", 0, 1),
-            ("ema_decay", 0, 1),
-        ):
+        highest = {"learning_rate": np.inf, "clip_grad": np.inf, "layer_decay": 1, "ema_decay": 1}
+        for name, high in highest.items():
             value = getattr(self, name)
-            if value is not None and not low < value <= high:
-                raise ValueError(f"{name}={value}: expected more than {low} and at most {high}.")
+            optional = value is None and name != "learning_rate"
+            if not optional and not (value is not None and 0 < value <= high):
+                raise ValueError(f"{name}={value}: expected more than 0 and at most {high}.")
         for name in ("weight_decay", "warmup_epochs", "mixup_alpha", "cutmix_alpha"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
@@ -1188,9 +1152,7 @@ class Trainer:
 
     Args:
         model: (B, 3, H, W) → logits (B, L).
-        train_set, val_set: partitions with the same labels.
-        config: see `TrainConfig`.
-        run_dir: made if missing.
+        train_set, val_set: partitions with the same labels in the same order.
     """
 
     def __init__(
@@ -1237,6 +1199,7 @@ class Trainer:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         model = model.to(self.accelerator.device, memory_format=layout)
         decay = config.ema_decay
+        self.plain = model  # without what accelerate wraps around it
         self.ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
         if config.compile:
             model.compile()
@@ -1246,14 +1209,10 @@ class Trainer:
         self.generator = loader.generator
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.steps_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
+        warmup = {"warmup_epochs": min(config.warmup_epochs, config.epochs - 1), "warmup_lr": 0.0}
+        steps = {"step_on_epochs": False, "updates_per_epoch": self.steps_per_epoch}
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            "cosine",
-            num_epochs=config.epochs,
-            warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
-            warmup_lr=0.0,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
+            self.optimizer, "cosine", config.epochs, **warmup, **steps
         )
 
     def fit(self) -> pd.DataFrame:
@@ -1265,7 +1224,7 @@ class Trainer:
             raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
         if self.accelerator.is_main_process:
             for old in ("last", "last.tmp"):
-                shutil.rmtree(self.run_dir / old, ignore_errors=True)
+                _remove_resume_point(self.run_dir / old)
             _write_json(self.run_dir / "config.json", asdict(self.config))
         return self._run()
 
@@ -1276,7 +1235,7 @@ class Trainer:
             FileNotFoundError: no complete resume point.
             ValueError: the run was made with other settings.
         """
-        places = [self.run_dir / "last", self.run_dir / "last.tmp"]
+        places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
         last = next((p for p in places if (p / "trainer.json").is_file()), None)
         if last is None:
             raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
@@ -1284,10 +1243,8 @@ class Trainer:
         free = {"patience", "num_workers", "compile"}
         changed = [k for k, v in asdict(self.config).items() if saved.get(k) != v and k not in free]
         if changed:
-            raise ValueError(
-                f"{self.run_dir} was trained with another {_some(changed)}; restore it to resume,"
-                " or call fit() to start again."
-            )
+            fix = "restore it to resume, or call fit() to start again"
+            raise ValueError(f"{self.run_dir} was trained with another {_some(changed)}; {fix}.")
         self.accelerator.load_state(str(last))
         if self.ema is not None:
             weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
@@ -1334,19 +1291,13 @@ class Trainer:
                 while self.epoch < config.epochs and self._waited() < config.patience:
                     self._run_epoch(bar)
         except KeyboardInterrupt:
-            kept = (
-                f"finished epochs are kept in {self.run_dir}, Trainer.resume() goes on from there."
-            )
-            print(
-                f"Stopped in epoch {self.epoch + 1};", kept if self.history else "nothing is kept."
-            )
+            kept = f"{self.run_dir} keeps finished epochs, Trainer.resume() goes on from there."
+            kept = kept if self.history else "nothing is kept."
+            print(f"Stopped in epoch {self.epoch + 1};", kept)
         self.accelerator.wait_for_everyone()
         best = self.run_dir / "best_model.pt"
         if self.history and best.is_file():
-            weights = torch.load(best, map_location="cpu", weights_only=True)
-            self.accelerator.unwrap_model(self.model, keep_torch_compile=False).load_state_dict(
-                weights
-            )
+            self.plain.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
         return pd.DataFrame(self.history)
 
     def _waited(self) -> int:
@@ -1362,25 +1313,23 @@ class Trainer:
         probs = self.predict(self.val_set, weights)
         score = mean_average_precision(self.val_set.targets, probs)
         self.epoch += 1
-        row = {"epoch": self.epoch, "step": self.step, "learning_rate": self._learning_rate()}
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        row = {"epoch": self.epoch, "step": self.step, "learning_rate": rate}
         row |= {"train_loss": train_loss, "val_loss": self._val_loss(probs), "val_mAP": score}
         row |= {"seconds": seconds, "images_per_second": len(self.loader.dataset) / seconds}
-        self.history.append(row)
         if score > self.best:
-            self.best = score
             self._save_best()
+            self.best = score
+        self.history.append(row)
         self._save_last()
         bar.set_postfix(epoch=self.epoch, loss=f"{train_loss:.3f}", mAP=f"{score:.3f}")
 
-    def _learning_rate(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
-
     def _val_loss(self, probs: np.ndarray) -> float:
-        probs = torch.from_numpy(probs).double().clamp(1e-7, 1 - 1e-7)
-        criterion = self.criterion.cpu()
-        loss = criterion(probs.logit().float(), torch.tensor(self.val_set.targets)).item()
-        self.criterion.to(self.accelerator.device)
-        return loss
+        logits = torch.from_numpy(probs).double().logit(eps=1e-7).float()
+        device = self.accelerator.device
+        return self.criterion(
+            logits.to(device), torch.tensor(self.val_set.targets).to(device)
+        ).item()
 
     def _train_epoch(self, bar: tqdm) -> float:
         """Return the mean loss of one epoch."""
@@ -1397,54 +1346,46 @@ class Trainer:
                 with self.accelerator.autocast():
                     logits = self.model(self._arrange(images))
                 loss = self.criterion(logits, targets)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss became {loss.item()} in epoch {self.epoch + 1};"
-                        " lower learning_rate."
-                    )
                 self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    self._clip()
+                if self.accelerator.sync_gradients and self.config.clip_grad:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 self._after_step()
             total, n_images = total + loss.detach() * len(images), n_images + len(images)
             bar.update()
-        return float(total) / n_images
-
-    def _clip(self) -> None:
-        if self.config.clip_grad:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        mean = float(total) / n_images  # looked at once an epoch: each look waits for the GPU
+        if not np.isfinite(mean):
+            problem = f"the loss became {mean} in epoch {self.epoch + 1}"
+            raise FloatingPointError(f"{problem}; lower learning_rate.")
+        return mean
 
     def _after_step(self) -> None:
         self.step += 1
         self.scheduler.step_update(self.step)
         if self.ema is not None:
-            self.ema.update(self.accelerator.unwrap_model(self.model), self.step)
+            self.ema.update(self.plain, self.step)
 
     def _save_best(self) -> None:
         if self.accelerator.is_main_process:
-            model = self.ema.module if self.ema is not None else self.model
-            weights = self.accelerator.unwrap_model(model, keep_torch_compile=False).state_dict()
-            with _replacing(self.run_dir / "best_model.pt") as temporary:
-                torch.save(
-                    {k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary
-                )
+            model = self.ema.module if self.ema is not None else self.plain
+            _save_weights(model, self.run_dir / "best_model.pt")
 
     def _save_last(self) -> None:
         """Write last/ under another name, its trainer.json last, then rename it."""
         last, temporary = self.run_dir / "last", self.run_dir / "last.tmp"
         if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_resume_point(temporary)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()  # every process has its random state in there
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 torch.save(self.ema.module.state_dict(), temporary / "ema.pt")
             state = {"epoch": self.epoch, "step": self.step, "best": self.best}
             _write_json(temporary / "trainer.json", {**state, "history": self.history})
-            shutil.rmtree(last, ignore_errors=True)
+            _remove_resume_point(last)
             os.replace(temporary, last)
             with _replacing(self.run_dir / "history.csv") as path:
                 pd.DataFrame(self.history).to_csv(path, index=False)
@@ -1502,14 +1443,8 @@ def _replicates(
     weights = np.vstack([np.ones(n_groups), drawn])[:, index]  # (1 + n_bootstrap, N)
     chunks = np.array_split(weights, max(1, weights.size // 20_000_000))
     scores = {"AP": np.vstack([_average_precision(targets, probs, chunk) for chunk in chunks])}
-    tp, fp, fn = (
-        weights @ cells
-        for cells in (
-            (known & true & predicted).astype(float),
-            (known & ~true & predicted).astype(float),
-            (known & true & ~predicted).astype(float),
-        )
-    )  # each (1 + n_bootstrap, L)
+    cells = (true & predicted, ~true & predicted, true & ~predicted)
+    tp, fp, fn = (weights @ (known & c).astype(float) for c in cells)  # (1 + n_bootstrap, L)
     wrong = known & (true != predicted)
     judged = known.any(1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -1587,12 +1522,10 @@ def summarize_scores(
     """
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     names = ["mAP", "macro F1", "micro F1", "Hamming loss", "exact match"]
-    rows = [(scores[n][0], *_interval(scores[n])) for n in names]
-    table = pd.DataFrame(
-        rows, columns=["value", "low", "high"], index=pd.Index(names, name="score")
-    )
+    rows = {name: (scores[name][0], *_interval(scores[name])) for name in names}
+    table = pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high"])
     n_judged, n_labels = int(np.isfinite(scores["AP"][0]).sum()), targets.shape[1]
-    return table.assign(labels=f"{n_judged} of {n_labels}")
+    return table.assign(labels=f"{n_judged} of {n_labels}").rename_axis("score")
 
 
 def _best_cuts(
@@ -1643,33 +1576,23 @@ def find_optimal_thresholds(
         A line a label: threshold (present means prob >= threshold), score on the given data,
         positives and source: "own", "global" or why it fell back.
     """
-    if mode not in ("per_label", "global"):
-        raise ValueError(f"mode={mode!r}: expected 'per_label' or 'global'.")
+    _check_choice("mode", mode, ("per_label", "global"))
     probs, targets = np.asarray(probs, float).T, np.asarray(targets, float).T  # (L, N)
     if np.isnan(probs).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
-    whole, whole_score = _best_cuts(
-        probs.reshape(1, -1), targets.reshape(1, -1), beta, min_precision
-    )
-    fallback = whole[0] if whole_score[0] >= 0 else 0.5
+    pooled = probs.reshape(1, -1), targets.reshape(1, -1)
+    [common], [reached] = _best_cuts(*pooled, beta, min_precision)
     own, score = _best_cuts(probs, targets, beta, min_precision)
     positives = (targets >= 0.5).sum(1)
-    source = np.where(
-        positives < min_positives, f"global: fewer than {min_positives} positives", "own"
-    )
-    source = np.where((score < 0) & (source == "own"), "global: precision not reached", source)
-    common = "global" if whole_score[0] >= 0 else "global: precision not reached"
-    source = np.full(len(source), common) if mode == "global" else source
+    few, missed = f"global: fewer than {min_positives} positives", "global: precision not reached"
+    source = np.select([positives < min_positives, score < 0], [few, missed], "own")
+    if mode == "global":
+        source = np.full(len(score), "global" if reached >= 0 else missed)
     is_own = source == "own"
-    return pd.DataFrame(
-        {
-            "threshold": np.where(is_own, own, fallback),
-            "score": np.where(is_own, score, np.nan),
-            "positives": positives,
-            "source": source,
-        },
-        index=pd.Index(label_columns, name="label"),
-    )
+    table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
+    table["threshold"] = np.where(is_own, own, common if reached >= 0 else 0.5)
+    table["score"] = np.where(is_own, score, np.nan)
+    return table.assign(positives=positives, source=source)
 
 
 def to_panorama_level(
@@ -1712,7 +1635,7 @@ class _Views(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
         item = self.images[index]
-        name = item if isinstance(item, (str, os.PathLike)) else f"image {index}"
+        name = _item_name(item, index)
         try:
             image = self._open(item)
             width, height = image.size
@@ -1744,37 +1667,25 @@ class Classifier:
         view: str = "half",
         panorama_thresholds: Sequence[float] | None = None,
     ) -> None:
-        if view not in VIEWS:
-            raise ValueError(f"view={view!r}: expected 'half' or 'panorama'.")
+        _check_choice("view", view, VIEWS)
         if not len(labels) == len(thresholds) == model.spec["num_labels"]:
-            raise ValueError(
-                f"{len(labels)} labels, {len(thresholds)} thresholds and {model.spec['num_labels']}"
-                " logits do not match."
-            )
+            counts = f"{len(labels)} labels, {len(thresholds)} thresholds"
+            raise ValueError(f"{counts} and {model.spec['num_labels']} logits do not match.")
         self.labels, self.view = list(labels), view
         self.thresholds = np.asarray(thresholds, float)
         own = self.thresholds if panorama_thresholds is None else panorama_thresholds
         self.panorama_thresholds = np.asarray(own, float)
         if self.panorama_thresholds.shape != (len(self.labels),):
-            raise ValueError(
-                f"{len(own)} panorama_thresholds and {len(self.labels)} labels do not match."
-            )
+            raise ValueError(f"{len(own)} panorama_thresholds, {len(labels)} labels do not match.")
         accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         self.device = next((name for name, found in accelerators.items() if found), "cpu")
         self.model = model.to(self.device).eval()
         self.transform = make_transforms(model, train=False)
 
     def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
-        """Write best_model.pt and best_classifier.json, all it takes to load it again.
-
-        Args:
-            run_dir: made if missing.
-            metrics: validation scores to keep with it.
-        """
+        """Write best_model.pt and best_classifier.json (with the validation scores `metrics`)."""
         run_dir = Path(run_dir)
-        with _replacing(run_dir / "best_model.pt") as temporary:
-            torch.save({k: v.detach().cpu() for k, v in self.model.state_dict().items()}, temporary)
-            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        digest = _save_weights(self.model, run_dir / "best_model.pt")
         config = self.model.data_config
         modules = (torch, torchvision, timm, np, pd)
         content = {"format_version": FORMAT_VERSION, **self.model.spec, "labels": self.labels}
@@ -1800,29 +1711,27 @@ class Classifier:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             _check_description(content)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no valid best_classifier.json: {error}") from None
         weights = path.parent / content["weights"]
         if not weights.is_file():
             raise FileNotFoundError(f"{weights}: missing; keep it beside {path.name}.")
         if hashlib.sha256(weights.read_bytes()).hexdigest() != content["sha256"]:
             raise ValueError(f"{weights}: not the file that {path.name} was saved with (sha256).")
-        keys = ("num_labels", "head", "img_size")
+        kwargs = {key: content[key] for key in ("num_labels", "head", "img_size")}
+        names = ("labels", "thresholds", "view", "panorama_thresholds")
         try:
-            known = {key: content[key] for key in keys} | content["model_kwargs"]
-            model = build_model(content["model_name"], pretrained=False, **known)
+            kwargs |= content["model_kwargs"]
+            model = build_model(content["model_name"], pretrained=False, **kwargs)
             model.data_config |= {k: content[k] for k in ("mean", "std", "interpolation")}
-            classifier = cls(model, *(content[key] for key in _ARGUMENTS))
+            classifier = cls(model, **{name: content[name] for name in names})
         except Exception as error:  # a stranger's values may fail anywhere inside timm
             raise ValueError(f"{path}: no model can be made of it ({error}).") from None
         try:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as error:
-            what = type(error).__name__
-            raise ValueError(
-                f"{weights}: does not fit {content['model_name']}, or is no plain state dict"
-                f" ({what})."
-            ) from None
+            fit = f"does not fit {content['model_name']}, or is no plain state dict"
+            raise ValueError(f"{weights}: {fit} ({type(error).__name__}).") from None
         classifier.description = content
         return classifier
 
@@ -1833,8 +1742,6 @@ class Classifier:
 
         Args:
             images: a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
-            batch_size: images at once.
-            num_workers: processes that decode.
             unreadable: "raise", or "skip" to leave files out; `.attrs["unreadable"]` lists them.
 
         Returns:
@@ -1873,32 +1780,34 @@ class Classifier:
         self, images: Any, panorama: bool, batch_size: int, num_workers: int, unreadable: str
     ) -> tuple[list[str], np.ndarray, list[str]]:
         """Return names, probabilities (N, V, L) and error messages."""
-        if unreadable not in ("raise", "skip"):
-            raise ValueError(f"unreadable={unreadable!r}: expected 'raise' or 'skip'.")
+        _check_choice("unreadable", unreadable, ("raise", "skip"))
         halves = panorama and self.view == "half"
         items = _as_items(images)
-        named = [isinstance(item, (str, os.PathLike)) for item in items]
-        names = [str(x) if path else f"image {i}" for i, (x, path) in enumerate(zip(items, named))]
+        names = [_item_name(item, i) for i, item in enumerate(items)]
         views = _Views(items, self.transform, panorama, halves)
         loader = make_loader(views, batch_size, num_workers=num_workers)
         bar = tqdm(loader, desc="classifying", leave=False) if len(loader) > 2 else loader
-        probs, errors = [np.empty((0, 1 + halves, len(self.labels)))], []
+        probs, good, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
         precision = fast_precision(self.model)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         with torch.inference_mode(), torch.autocast(self.device, dtype, enabled=precision != "no"):
             for views, messages in bar:
+                good += [not message for message in messages]
                 errors += [message for message in messages if message]
                 if errors and unreadable == "raise":
                     raise OSError(errors[0])
                 logits = self.model(views.flatten(0, 1).to(self.device))
                 probs.append(logits.float().sigmoid().unflatten(0, views.shape[:2]).cpu().numpy())
         probs = np.concatenate(probs)
-        good = ~np.isnan(probs).any((1, 2))
-        return [name for name, ok in zip(names, good) if ok], probs[good], errors
+        return [name for name, ok in zip(names, good) if ok], probs[np.array(good, bool)], errors
 
     def _table(self, probs: np.ndarray, thresholds: np.ndarray) -> pd.DataFrame:
         decisions = pd.DataFrame((probs >= thresholds).astype(int), columns=self.labels)
         return decisions.join(pd.DataFrame(probs, columns=[f"{name}_prob" for name in self.labels]))
+
+
+def _item_name(item: Any, index: int) -> str:
+    return str(item) if isinstance(item, (str, os.PathLike)) else f"image {index}"
 
 
 def _as_items(images: Any) -> list[Any]:
@@ -1911,9 +1820,6 @@ def _as_items(images: Any) -> list[Any]:
     if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
         return [images]
     raise TypeError(f"{type(images).__name__}: expected an image, an array, a path or a folder.")
-
-
-_ARGUMENTS = ("labels", "thresholds", "view", "panorama_thresholds")
 
 
 def _check_description(content: dict) -> None:
@@ -1930,21 +1836,19 @@ def _check_description(content: dict) -> None:
         raise ValueError("weights must be a file name beside it, not a path.")
     if not timm.is_model(content["model_name"]):
         raise ValueError(f"timm has no model {content['model_name']!r}.")
-    if len(set(content["labels"])) < len(content["labels"]) or not all(
-        isinstance(label, str) for label in content["labels"]
-    ):
+    labels = content["labels"]
+    if len(set(labels)) < len(labels) or not all(isinstance(label, str) for label in labels):
         raise ValueError("labels should be different texts.")
     for key in ("thresholds", "panorama_thresholds", "mean", "std"):
-        if not all(isinstance(value, (int, float)) for value in content[key]):
+        if not all(type(v) in (int, float) and np.isfinite(v) for v in content[key]):
             raise ValueError(f"{key} should be numbers.")
     if not len(content["mean"]) == len(content["std"]) == 3 or min(content["std"]) <= 0:
         raise ValueError("mean and std should be three numbers, std above 0.")
     reaching = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
     reaching |= {"name", "pretrained", "num_labels", "head", "img_size", "features_only"}
-    if reaching & set(content["model_kwargs"]):
-        raise ValueError(
-            f"model_kwargs may not hold {_some(reaching & set(content['model_kwargs']))}."
-        )
+    reaching &= set(content["model_kwargs"])
+    if reaching:
+        raise ValueError(f"model_kwargs may not hold {_some(sorted(reaching))}.")
 
 
 # ---------------------------------------------------------------- plots
@@ -1957,20 +1861,13 @@ def show_images(
 
     Args:
         images: tensors (3, H, W) are stretched to their own range of values.
-        titles: one an image.
-        columns: images a row.
         width: inches an image.
     """
     pictures = [_as_picture(image) for image in images]
     rows = -(-len(pictures) // columns)
-    height = width * max(p.shape[0] / p.shape[1] for p in pictures)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(columns * width, rows * (height + 0.35)),
-        squeeze=False,
-        layout="constrained",
-    )
+    height = 0.35 + width * max(p.shape[0] / p.shape[1] for p in pictures)
+    options = {"figsize": (columns * width, rows * height), "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture, title in zip(axes.flat, pictures, titles or [""] * len(pictures)):

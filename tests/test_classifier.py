@@ -627,3 +627,14 @@ def test_missing_weights_are_named(saved, tmp_path):
     path = tamper(saved, tmp_path)
     (path.parent / "best_model.pt").unlink()
     refused(path, FileNotFoundError, match=r"best_model\.pt: missing")
+
+
+def test_model_that_answers_with_nan_loses_no_photo(photos):
+    model = tiny_model()
+    with torch.no_grad():
+        next(iter(model.get_classifier().parameters())).fill_(torch.nan)
+    n_labels = model.spec["num_labels"]
+    broken = du.Classifier(model, [f"label {i}" for i in range(n_labels)], [0.5] * n_labels)
+    table = broken.predict(photos)
+    assert len(table) == len(broken.predict(photos, unreadable="skip")) > 0
+    assert probs_of(table).isna().all(axis=None)

@@ -151,6 +151,11 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path):
         assert_quadrants(image)
 
 
+def test_32_bit_grey_with_8_bit_values_keeps_them(tmp_path):
+    Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / "grey.tif")
+    assert np.asarray(du.open_image(tmp_path / "grey.tif")).tolist() == [[[200] * 3] * 4] * 4
+
+
 def test_16_bit_grey_png_keeps_its_high_byte(tmp_path):
     values = np.array([[0, 255, 256, 32768, 51200, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")

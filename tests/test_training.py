@@ -882,6 +882,7 @@ IMPOSSIBLE = [(name, v) for name in ("epochs", "batch_size", "patience") for v i
 IMPOSSIBLE += [(name, v) for name in ("learning_rate", "clip_grad") for v in (0, -1, NAN)]
 IMPOSSIBLE += [(name, v) for name in ("layer_decay", "ema_decay") for v in (0, -1, 2)]
 IMPOSSIBLE += [(name, -1) for name in ("weight_decay", "mixup_alpha", "cutmix_alpha")]
+IMPOSSIBLE += [("learning_rate", None)]
 
 
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
