@@ -986,6 +986,7 @@ run.fit()
 assert run.accelerator.num_processes == 2
 assert len(run.loader) == 3
 np.save(job["dir"] + f"/probs{run.accelerator.process_index}.npy", run.predict(parts[1]))
+run.accelerator.end_training()  # or a process may abort while the other still talks to it
 """
     run_dir = tmp_path / "run"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
