@@ -356,15 +356,19 @@ def _parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd
     return values.astype(float)
 
 
-def read_csv_labels(path: str | os.PathLike, unlisted: str = "unknown") -> pd.DataFrame:
+def read_csv_labels(
+    path: str | os.PathLike, unlisted: str = "unknown", keep: Sequence[str] = ()
+) -> pd.DataFrame:
     """Read labels from a CSV: one 0/1 column a label, or `filename, "desert,mountains"` lists.
 
     Args:
         path: the CSV; its first column, whatever its name, holds the image file names.
         unlisted: for lists, what an empty list means: "unknown" or "absent" for every label.
+        keep: columns that are no labels, e.g. the site to group by; kept as text.
 
     Returns:
-        `image` and one column a label: 1, 0 or NaN (empty cell: nobody judged it).
+        `image`, the columns to keep, and one column a label: 1, 0 or NaN (empty cell: nobody
+        judged it).
 
     Raises:
         ValueError: a value outside 0/1/empty, a file name twice, or no label column; with line.
@@ -378,12 +382,14 @@ def read_csv_labels(path: str | os.PathLike, unlisted: str = "unknown") -> pd.Da
         if problem.any():
             lines = [f"line {i + 2}: {names[i]!r}" for i in names.index[problem]]
             raise ValueError(f"{path}: {what}, expected one row an image: {_some(lines)}.")
-    cells = table.iloc[:, 1:]
+    if set(keep) - set(table.columns):
+        raise ValueError(f"{path}: no column {_some(set(keep) - set(table.columns))} to keep.")
+    cells = table.iloc[:, 1:].drop(columns=list(keep))
     if cells.shape[1] == 1 and _holds_lists(cells.iloc[:, 0]):
         labels = _split_lists(cells.iloc[:, 0], unlisted)
     else:
         labels = _parse_cells(cells, path, soft=False)
-    return pd.concat([names, labels], axis=1).reset_index(drop=True)
+    return pd.concat([names, table[list(keep)], labels], axis=1).reset_index(drop=True)
 
 
 def _holds_lists(cells: pd.Series) -> bool:
@@ -1679,7 +1685,8 @@ class Classifier:
             raise ValueError(f"{len(own)} panorama_thresholds, {len(labels)} labels do not match.")
         accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         self.device = next((name for name, found in accelerators.items() if found), "cpu")
-        self.model = model.to(self.device).eval()
+        layout = torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=layout).eval()
         self.transform = make_transforms(model, train=False)
 
     def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:

@@ -564,6 +564,21 @@ def test_rows_with_more_cells_than_the_header_are_refused_and_never_shifted(writ
         read_csv_labels(write_csv("image,sea\na.jpg,1,0\nb.jpg,0,1\n"))
 
 
+def test_columns_to_keep_are_no_labels_and_can_be_grouped_by(write_csv, tmp_path):
+    path = write_csv("photo,site,sea\na.jpg,North,1\nb.jpg,South,\n")
+    targets = read_csv_labels(path, keep=["site"])
+    assert targets["site"].tolist() == ["North", "South"]
+    assert targets["sea"].tolist()[0] == 1 and np.isnan(targets["sea"].tolist()[1])
+    (tmp_path / "images").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    df = attach_images(targets, tmp_path / "images", "site")
+    assert df.columns.tolist() == ["image_path", "group_id", "sea"]
+    assert df["group_id"].tolist() == ["North", "South"]
+    with pytest.raises(ValueError, match=r"labels\.csv: no column region"):
+        read_csv_labels(path, keep=["region"])
+
+
 def test_label_column_that_stands_twice_is_refused(write_csv):
     with pytest.raises(ValueError, match=r"labels\.csv.*sea"):
         read_csv_labels(write_csv("image,sea, sea\na.jpg,1,0\n"))
