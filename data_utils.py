@@ -10,6 +10,7 @@ A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (s
 import contextlib
 import difflib
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -38,17 +39,21 @@ from joblib import Parallel, delayed
 from PIL import Image, ImageOps
 from timm.data import Mixup, resolve_model_data_config
 from timm.loss import CLASS_WEIGHT_METHODS, compute_class_weights, create_classification_loss
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 __all__ = [
+    "CSRA",
     "Classifier",
     "DataPartition",
+    "FeatureSet",
+    "MLDecoder",
     "MaskedLoss",
     "RandomHorizontalRoll",
     "TrainConfig",
@@ -57,6 +62,8 @@ __all__ = [
     "attach_images",
     "build_model",
     "combine_halves",
+    "compare_scores",
+    "extract_features",
     "fast_precision",
     "find_near_duplicates",
     "find_optimal_thresholds",
@@ -67,7 +74,10 @@ __all__ = [
     "make_loader",
     "make_transforms",
     "mean_average_precision",
+    "measure_throughput",
     "open_image",
+    "overlay_heat_map",
+    "plot_comparison",
     "plot_history",
     "read_class_folders",
     "read_csv_labels",
@@ -84,7 +94,6 @@ __all__ = [
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 VIEWS = ("half", "panorama")
-HEADS = ("linear",)
 FORMAT_VERSION = 1
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _HALF = re.compile(r"_(left|right)$")
@@ -861,6 +870,30 @@ class DataPartition(Dataset):
         return image
 
 
+class FeatureSet(Dataset):
+    """Features instead of photos, to train a head alone in seconds; goes where DataPartition goes.
+
+    Args:
+        features: (N, ...), e.g. from `extract_features`.
+        targets: (N, L), NaN for unknown.
+        label_columns: L names.
+    """
+
+    def __init__(
+        self, features: torch.Tensor, targets: np.ndarray, label_columns: Sequence[str]
+    ) -> None:
+        if len(features) != len(targets):
+            raise ValueError(f"{len(features)} features and {len(targets)} rows of targets.")
+        self.features, self.label_columns = features, list(label_columns)
+        self.targets = np.asarray(targets, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.features[index], torch.from_numpy(self.targets[index])
+
+
 class TriStateMixup(Mixup):
     """timm's MixUp/CutMix for multi-hot targets in which unknown cells (NaN) stay unknown.
 
@@ -896,7 +929,256 @@ def make_loader(
     )
 
 
+# ---------------------------------------------------------------- heads
+
+
+class _SpatialHead(nn.Module):
+    """What heads that look at positions share: how features become tokens.
+
+    Args:
+        num_features: C, channels of the backbone.
+        input_fmt: of features with four dimensions, "NCHW" or "NHWC".
+        num_prefix_tokens: class and register tokens before the positions of (B, N, C) features.
+    """
+
+    def __init__(self, num_features: int, input_fmt: str, num_prefix_tokens: int) -> None:
+        super().__init__()
+        _check_choice("input_fmt", input_fmt, ("NCHW", "NHWC"))
+        self.num_features = num_features
+        self.input_fmt, self.num_prefix_tokens = input_fmt, num_prefix_tokens
+
+    def tokens(self, features: torch.Tensor) -> torch.Tensor:
+        """Return (B, N, C), one row a position of the feature map.
+
+        Raises:
+            ValueError: pooled features, or another number of channels.
+        """
+        if features.ndim == 4:
+            is_last = self.input_fmt == "NHWC"
+            tokens = features.flatten(1, 2) if is_last else features.flatten(2).transpose(1, 2)
+        elif features.ndim == 3:
+            tokens = features[:, self.num_prefix_tokens :]
+        else:
+            raise ValueError(
+                f"pooled features {tuple(features.shape)}: a head that looks at positions needs a"
+                " map (B, C, H, W) or (B, H, W, C), or tokens (B, N, C)."
+            )
+        if tokens.shape[-1] != self.num_features:
+            problem = f"features {tuple(features.shape)} ({self.input_fmt})"
+            raise ValueError(f"{problem} do not have the {self.num_features} channels expected.")
+        return tokens
+
+
+class CSRA(_SpatialHead):
+    """Class-specific residual attention (Zhu & Wu, ICCV 2021, arXiv 2108.02456).
+
+    With scores s = x·w / ‖w‖ at every position, a label's logit is
+    mean(s) + λ Σ softmax(T s) s, summed over heads, each with weights and a temperature T of its
+    own; T = 99 stands for the maximum. Published weights (`multi_head.{i}.head.weight`) load.
+
+    Args:
+        heads: 1, 2, 4, 6 or 8.
+        lam: λ, weight of the attention against the mean; 0 or more.
+    """
+
+    MAX_POOLING = 99
+    TEMPERATURES = {1: [1], 2: [1, 99], 4: [1, 2, 4, 99], 6: [1, 2, 3, 4, 5, 99]}
+    TEMPERATURES[8] = [1, 2, 3, 4, 5, 6, 7, 99]
+
+    def __init__(
+        self,
+        num_features: int,
+        num_labels: int,
+        heads: int = 1,
+        lam: float = 0.1,
+        input_fmt: str = "NCHW",
+        num_prefix_tokens: int = 0,
+    ) -> None:
+        super().__init__(num_features, input_fmt, num_prefix_tokens)
+        _check_choice("heads", heads, self.TEMPERATURES)
+        if not 0 <= lam < float("inf"):
+            raise ValueError(f"lam={lam}: the weight of the attention must be 0 or more.")
+        self.lam = lam
+        self.weight = nn.Parameter(torch.empty(heads, num_labels, num_features))
+        nn.init.kaiming_uniform_(self.weight.flatten(0, 1), a=5**0.5)  # as a 1×1 convolution
+        temperatures = torch.tensor(self.TEMPERATURES[heads], dtype=torch.float)
+        self.register_buffer("temperatures", temperatures.view(-1, 1, 1), persistent=False)
+        self.register_load_state_dict_pre_hook(_stack_published_csra)
+
+    def _scores(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the score of each head and label at each position, (B, heads, L, N)."""
+        weight = F.normalize(self.weight, dim=-1)
+        return torch.einsum("bnc,hlc->bhln", self.tokens(features), weight)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, L)."""
+        scores = self._scores(features)
+        attention = (self.temperatures * scores).softmax(-1)
+        pooled = (attention * scores).sum(-1)
+        is_max = self.temperatures[..., 0] == self.MAX_POOLING
+        attended = torch.where(is_max, scores.amax(-1), pooled)
+        return (scores.mean(-1) + self.lam * attended).sum(1)
+
+    def attention(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the class-specific attention (B, L, N), the mean over heads; a row sums to 1."""
+        scores = self._scores(features)
+        attention = (self.temperatures * scores).softmax(-1)
+        highest = F.one_hot(scores.argmax(-1), scores.shape[-1]).to(attention.dtype)
+        is_max = self.temperatures == self.MAX_POOLING
+        return torch.where(is_max, highest, attention).mean(1)
+
+
+def _stack_published_csra(module: CSRA, state: dict, prefix: str, *_: Any) -> None:
+    """Turn the keys of the authors' code, one convolution a head, into this module's."""
+    keys = [f"{prefix}multi_head.{i}.head.weight" for i in range(len(module.weight))]
+    if keys[0] in state:
+        found = [state.pop(key) for key in keys if key in state]  # too many or few: no fit, named
+        state[f"{prefix}weight"] = torch.stack(found).flatten(2)
+
+
+class _DecoderLayer(nn.Module):
+    """Cross-attention and feed-forward, post-norm; no self-attention among the queries."""
+
+    def __init__(self, width: int, dim_feedforward: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+        self.multihead_attn = nn.MultiheadAttention(
+            width, num_heads, dropout=dropout, batch_first=True
+        )
+        self.linear1 = nn.Linear(width, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, width)
+
+    def normed(self, queries: torch.Tensor) -> torch.Tensor:
+        """Where self-attention would stand, the authors' code adds the queries to themselves."""
+        return self.norm1(queries + self.dropout(queries))
+
+    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        x = self.normed(queries)  # (B, K, D)
+        found = self.multihead_attn(x, memory, memory, need_weights=False)[0]
+        x = self.norm2(x + self.dropout(found))
+        hidden = self.dropout(self.linear1(x).relu())
+        return self.norm3(x + self.dropout(self.linear2(hidden)))
+
+
+class MLDecoder(_SpatialHead):
+    """ML-Decoder (Ridnik et al., WACV 2023, arXiv 2111.12933).
+
+    K fixed queries look for labels in the positions x by cross-attention; a group fully-connected
+    layer turns each of the K answers into ⌈L/K⌉ logits. Published weights load.
+
+    Args:
+        num_of_groups: K; None is 100, or L where L is smaller.
+        decoder_embedding: D, width of the decoder, a multiple of 8 (its attention heads).
+        dim_feedforward: width of the hidden layer.
+        dropout: inside the decoder.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_labels: int,
+        num_of_groups: int | None = None,
+        decoder_embedding: int = 768,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        input_fmt: str = "NCHW",
+        num_prefix_tokens: int = 0,
+    ) -> None:
+        super().__init__(num_features, input_fmt, num_prefix_tokens)
+        groups = min(100, num_labels) if num_of_groups is None else num_of_groups
+        if not 1 <= groups <= num_labels:
+            limits = f"expected 1 to {num_labels}, the number of labels, or None"
+            raise ValueError(f"num_of_groups={num_of_groups}: {limits}.")
+        if decoder_embedding < 8 or decoder_embedding % 8:
+            raise ValueError(f"decoder_embedding={decoder_embedding}: expected a multiple of 8.")
+        self.num_labels = num_labels
+        self.labels_per_group = -(-num_labels // groups)
+        decoder = nn.Module()  # the names, one of them misspelt, are those of published weights
+        decoder.embed_standart = nn.Linear(num_features, decoder_embedding)
+        decoder.query_embed = nn.Embedding(groups, decoder_embedding).requires_grad_(False)
+        layer = _DecoderLayer(decoder_embedding, dim_feedforward, 8, dropout)
+        decoder.layers = nn.ModuleList([layer])
+        shape = groups, decoder_embedding, self.labels_per_group
+        decoder.duplicate_pooling = nn.Parameter(nn.init.xavier_normal_(torch.empty(shape)))
+        decoder.duplicate_pooling_bias = nn.Parameter(torch.zeros(num_labels))
+        self.decoder = decoder
+
+    def _memory_and_queries(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        memory = self.decoder.embed_standart(self.tokens(features)).relu()  # (B, N, D)
+        queries = self.decoder.query_embed.weight.to(memory.dtype)
+        return memory, queries.expand(len(memory), -1, -1)  # (B, K, D)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, L)."""
+        decoder = self.decoder
+        memory, queries = self._memory_and_queries(features)
+        answers = decoder.layers[0](queries, memory)
+        logits = torch.einsum("bkd,kdj->bkj", answers, decoder.duplicate_pooling)  # (B, K, ⌈L/K⌉)
+        return logits.flatten(1)[:, : self.num_labels] + decoder.duplicate_pooling_bias
+
+    def attention(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the cross-attention of each label's query (B, L, N); a row sums to 1."""
+        memory, queries = self._memory_and_queries(features)
+        layer = self.decoder.layers[0]
+        maps = layer.multihead_attn(layer.normed(queries), memory, memory)[1]  # (B, K, N)
+        return maps.repeat_interleave(self.labels_per_group, 1)[:, : self.num_labels]
+
+
+HEADS: dict[str, type[_SpatialHead] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
+
+
+def _head_options(head: str) -> set[str]:
+    """Return the keyword arguments that a user may give to a head."""
+    found = set(inspect.signature(HEADS[head]).parameters) if HEADS[head] else set()
+    return found - {"num_features", "num_labels", "input_fmt", "num_prefix_tokens"}
+
+
 # ---------------------------------------------------------------- model
+
+
+class _HeadedModel(nn.Module):
+    """A timm backbone that gives its feature map to a head of this file."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return unpooled features in the layout of the backbone."""
+        return self.backbone(images)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.forward_features(images))
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head, as timm models do."""
+        return self.head
+
+
+def _feature_layout(backbone: nn.Module, features: torch.Tensor) -> dict[str, Any]:
+    """Return how a head reads these features: num_features, input_fmt, num_prefix_tokens."""
+    is_last = features.ndim != 4 or str(getattr(backbone, "output_fmt", "NCHW")) == "NHWC"
+    layout = {"num_features": features.shape[-1 if is_last else 1]}
+    layout |= {"input_fmt": "NHWC" if is_last else "NCHW"}
+    return layout | {"num_prefix_tokens": getattr(backbone, "num_prefix_tokens", 0)}
+
+
+def _replace_head(
+    model: nn.Module, head: str, num_labels: int, size: Sequence[int], head_kwargs: dict
+) -> _HeadedModel:
+    """Return the backbone of a timm model with another head on its feature map."""
+    try:
+        model.reset_classifier(0, "")  # timm's way to leave the features unpooled
+        with torch.inference_mode():
+            features = model.eval()(torch.zeros(1, *size))
+        layout = _feature_layout(model, features)
+        _SpatialHead(**layout).tokens(features)  # refuses pooled features
+    except Exception as error:  # whatever a model does that cannot go without its pooling
+        problem = f"{type(model).__name__} gives no feature map for head={head!r}"
+        raise ValueError(f"{problem} ({type(error).__name__}: {error}).") from None
+    made = HEADS[head](num_labels=num_labels, **layout, **head_kwargs)
+    return _HeadedModel(model.train(), made)
 
 
 def build_model(
@@ -905,39 +1187,44 @@ def build_model(
     head: str = "linear",
     pretrained: bool | str | os.PathLike = True,
     img_size: int | Sequence[int] | None = None,
-    **timm_kwargs: Any,
+    **kwargs: Any,
 ) -> nn.Module:
     """Build a timm backbone with a new head.
 
     Args:
         name: any timm model, e.g. "swinv2_base_window12to24_192to384".
-        head: "linear".
+        head: "linear", "csra" or "mldecoder".
         pretrained: True (Hugging Face hub), False (random weights) or a state-dict file.
         img_size: input height and width in pixels; None is the model's own.
-        **timm_kwargs: passed on, e.g. drop_rate or window_size.
+        **kwargs: what `CSRA` or `MLDecoder` takes (e.g. lam) goes to the head, all else to timm
+            (e.g. drop_rate or window_size).
 
     Returns:
         (B, 3, H, W) → logits (B, L). `.data_config` says how to prepare images, `.spec` how to
         build the model again.
 
     Raises:
-        ValueError: unknown model or head, a size the model cannot take, a file that does not fit.
+        ValueError: unknown model or head, a size the model cannot take, a file that does not fit,
+            an option that the head refuses.
         RuntimeError: pretrained weights could not be had.
     """
-    if head not in HEADS:
-        raise ValueError(f"head={head!r}: expected one of {_some(HEADS)}.")
+    _check_choice("head", head, HEADS)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
     size = timm.layers.to_2tuple(img_size) if img_size else None
-    model = _create_model(name, size, dict(timm_kwargs, num_classes=num_labels))
+    head_kwargs = {key: kwargs.pop(key) for key in _head_options(head) & kwargs.keys()}
+    model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
     if pretrained:
         _load_pretrained(model, name, pretrained, num_labels)
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *size) if size else config["input_size"]
+    if head != "linear":
+        model = _replace_head(model, head, num_labels, config["input_size"], head_kwargs)
     model.data_config = {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
-    model.spec = {"model_name": name, "head": head, "head_kwargs": {}, "num_labels": num_labels}
-    model.spec |= {"img_size": list(config["input_size"][1:]), "model_kwargs": timm_kwargs}
+    model.spec = {"model_name": name, "head": head, "head_kwargs": head_kwargs}
+    model.spec |= {"num_labels": num_labels, "img_size": list(config["input_size"][1:])}
+    model.spec["model_kwargs"] = kwargs
     return model
 
 
@@ -1025,6 +1312,83 @@ def _load_file(model: nn.Module, name: str, path: Path, filter_fn: Callable | No
     if lost:
         problem = f"lacks {len(lost)} of {len(own)} weights of {name}: {_some(lost)}"
         raise ValueError(f"{path}: {problem}.")
+
+
+def _autocast(model: nn.Module, device: str) -> torch.autocast:
+    """Return the context in which `model` answers fastest."""
+    precision = fast_precision(model)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    return torch.autocast(device, dtype, enabled=precision != "no")
+
+
+def extract_features(
+    model: nn.Module, dataset: DataPartition, batch_size: int = 32, num_workers: int = 0
+) -> torch.Tensor:
+    """Return what the model's head sees of every image, unpooled, e.g. (N, H, W, C) of SwinV2.
+
+    Computed once, a head is trained on them in seconds (`FeatureSet`).
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    found = []
+    with torch.inference_mode(), _autocast(model, device.type):
+        for images, _ in make_loader(dataset, batch_size, num_workers=num_workers):
+            found.append(model.forward_features(images.to(device)).float().cpu())
+    return torch.cat(found)
+
+
+def measure_throughput(
+    models: dict[str, nn.Module], batch_size: int = 32, repeats: int = 5
+) -> pd.DataFrame:
+    """Measure models side by side on a batch of noise: they take turns, the median counts.
+
+    Returns:
+        A line a model: parameters (millions), images_per_second (forward pass), relative (to the
+        first model).
+    """
+    seconds = {name: [] for name in models}
+    for turn in range(repeats + 1):  # the first turn warms up
+        for name, model in models.items():
+            device = next(model.parameters()).device
+            images = torch.randn(batch_size, *model.data_config["input_size"], device=device)
+            if gains_by_channels_last(model):
+                images = images.contiguous(memory_format=torch.channels_last)
+            model.eval()
+            start = time.perf_counter()
+            with torch.inference_mode(), _autocast(model, device.type):
+                model(images).sum().item()  # waits for the device
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    table = pd.DataFrame(index=pd.Index(models, name="model"))
+    table["parameters"] = [sum(p.numel() for p in m.parameters()) / 1e6 for m in models.values()]
+    table["images_per_second"] = [batch_size / np.median(times) for times in seconds.values()]
+    table["relative"] = table["images_per_second"] / table["images_per_second"].iloc[0]
+    return table
+
+
+def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Tensor:
+    """Return where the model looks for a label, (B, h, w) on its grid of positions.
+
+    The head's attention; for a linear head the class activation map (Zhou et al., CVPR 2016,
+    arXiv 1512.04150): the logit that each position would have alone.
+    """
+    features, head = model.forward_features(images), model.get_classifier()
+    layout = _feature_layout(getattr(model, "backbone", model), features)
+    is_last = layout["input_fmt"] == "NHWC"
+    if isinstance(head, _SpatialHead):
+        maps = head.attention(features)[:, label]  # (B, N)
+    else:
+        tokens = _SpatialHead(**layout).tokens(features)  # (B, N, C)
+        alone = tokens.flatten(0, 1)[:, None]  # for tokens: in the place of the class token, too
+        count = 1 + layout["num_prefix_tokens"]
+        alone = alone.expand(-1, count, -1) if features.ndim == 3 else alone[:, None]
+        alone = alone if is_last else alone.permute(0, 3, 1, 2)
+        maps = model.forward_head(alone)[:, label].view(tokens.shape[:2])
+    grid = features.shape[1:3] if is_last else features.shape[2:]
+    if features.ndim == 3:
+        height = round((maps.shape[1] * images.shape[2] / images.shape[3]) ** 0.5)
+        grid = height, maps.shape[1] // height
+    return maps.view(len(maps), *grid).float()
 
 
 def gains_by_channels_last(model: nn.Module) -> bool:
@@ -1115,6 +1479,7 @@ class TrainConfig:
     epochs: int = 30
     batch_size: int = 32
     learning_rate: float = 5e-4
+    head_learning_rate: float | None = None  # None: learning_rate
     weight_decay: float = 0.05
     layer_decay: float | None = None  # learning rate × layer_decay a layer towards the input
     warmup_epochs: int = 2
@@ -1137,7 +1502,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "grad_accum_steps", "patience"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number from 1.")
-        highest = {"learning_rate": np.inf, "clip_grad": np.inf, "layer_decay": 1, "ema_decay": 1}
+        highest = {"learning_rate": np.inf, "head_learning_rate": np.inf, "clip_grad": np.inf}
+        highest |= {"layer_decay": 1, "ema_decay": 1}
         for name, high in highest.items():
             value = getattr(self, name)
             optional = value is None and name != "learning_rate"
@@ -1146,6 +1512,24 @@ class TrainConfig:
         for name in ("weight_decay", "warmup_epochs", "mixup_alpha", "cutmix_alpha"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+
+
+def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Return timm's parameter groups, those of the head apart: its learning rate is its own."""
+    head = getattr(model, "get_classifier", nn.Identity)()
+    head = nn.ModuleList(head) if isinstance(head, tuple) else head  # distilled models have two
+    backbone, decay = getattr(model, "backbone", model), config.weight_decay
+    exempt = {"no_weight_decay_list": getattr(backbone, "no_weight_decay", set)()}
+    if config.layer_decay is None:
+        groups = param_groups_weight_decay(backbone, decay, **exempt)
+    else:
+        groups = param_groups_layer_decay(backbone, decay, layer_decay=config.layer_decay, **exempt)
+    in_head = {id(parameter) for parameter in head.parameters()}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in in_head]
+    scale = (config.head_learning_rate or config.learning_rate) / config.learning_rate
+    groups += [group | {"lr_scale": scale} for group in param_groups_weight_decay(head, decay)]
+    return [group for group in groups if group["params"]]
 
 
 class Trainer:
@@ -1209,8 +1593,8 @@ class Trainer:
         self.ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
         if config.compile:
             model.compile()
-        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optimizer = create_optimizer_v2(model, "adamw", layer_decay=config.layer_decay, **rates)
+        groups = _parameter_groups(model, config)
+        optimizer = create_optimizer_v2(groups, "adamw", lr=config.learning_rate)
         loader = make_loader(train_set, config.batch_size, True, config.num_workers, config.seed)
         self.generator = loader.generator
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
@@ -1319,7 +1703,7 @@ class Trainer:
         probs = self.predict(self.val_set, weights)
         score = mean_average_precision(self.val_set.targets, probs)
         self.epoch += 1
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        rate = max(g["lr"] / g.get("lr_scale", 1.0) for g in self.optimizer.param_groups)
         row = {"epoch": self.epoch, "step": self.step, "learning_rate": rate}
         row |= {"train_loss": train_loss, "val_loss": self._val_loss(probs), "val_mAP": score}
         row |= {"seconds": seconds, "images_per_second": len(self.loader.dataset) / seconds}
@@ -1534,6 +1918,34 @@ def summarize_scores(
     return table.assign(labels=f"{n_judged} of {n_labels}").rename_axis("score")
 
 
+def compare_scores(
+    targets: np.ndarray,
+    probs: np.ndarray,
+    baseline: np.ndarray,
+    label_columns: Sequence[str],
+    groups: Sequence | None = None,
+    n_bootstrap: int = 500,
+    seed: int = 42,
+) -> pd.DataFrame:
+    """Compare two models on the same images; arguments as in `score_labels`.
+
+    Args:
+        probs, baseline: (N, L) of the two models.
+
+    Returns:
+        A line a label and one for mAP: baseline, AP, difference, low, high (95 %). The bootstrap
+        is paired: both models see the same samples, so what is common to them cancels.
+    """
+    options = 0.5, groups, n_bootstrap, seed
+    new, old = (_replicates(targets, p, *options) for p in (probs, baseline))
+    new, old = (np.column_stack([scores["AP"], scores["mAP"]]) for scores in (new, old))
+    table = pd.DataFrame(index=pd.Index([*label_columns, "mAP"], name="label"))
+    table["baseline"], table["AP"] = old[0], new[0]
+    table["difference"] = new[0] - old[0]
+    table["low"], table["high"] = _interval(new - old)
+    return table
+
+
 def _best_cuts(
     probs: np.ndarray, targets: np.ndarray, beta: float, min_precision: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -1705,12 +2117,41 @@ class Classifier:
         return run_dir / "best_classifier.json"
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Classifier":
+    def from_validation(
+        cls,
+        model: nn.Module,
+        val_set: DataPartition,
+        probs: np.ndarray,
+        view: str = "half",
+        mode: str = "per_label",
+    ) -> "Classifier":
+        """Make a classifier whose thresholds are those with the best F1 on validation.
+
+        Args:
+            val_set: the validation part.
+            probs: (N, L), what `model` says about it.
+            mode: "per_label" or "global", see `find_optimal_thresholds`.
+        """
+        labels, targets = val_set.label_columns, val_set.targets
+        own = find_optimal_thresholds(probs, targets, labels, mode)["threshold"]
+        if view == "panorama":
+            return cls(model, labels, own, view)
+        images = pd.DataFrame({"image_path": [str(path) for path in val_set.paths]})
+        whole = to_panorama_level(images.join(pd.DataFrame(targets, columns=labels)), labels, probs)
+        panorama = find_optimal_thresholds(whole[1], whole[0], labels, mode)["threshold"]
+        return cls(model, labels, own, view, panorama.to_numpy())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, labels: Sequence[str] | None = None) -> "Classifier":
         """Load best_classifier.json and the weights beside it; safe with files from strangers.
+
+        Args:
+            labels: those it must have, in this order; None takes what it has.
 
         Raises:
             FileNotFoundError: the file or its weights are missing.
-            ValueError: the file is no such description, or the weights are not those it names.
+            ValueError: the file is no such description, the weights are not those it names, or
+                its labels are others.
         """
         path = Path(path)
         if not path.is_file():
@@ -1720,6 +2161,8 @@ class Classifier:
             _check_description(content)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no valid best_classifier.json: {error}") from None
+        if labels is not None:
+            _check_labels(path, content["labels"], list(labels))
         weights = path.parent / content["weights"]
         if not weights.is_file():
             raise FileNotFoundError(f"{weights}: missing; keep it beside {path.name}.")
@@ -1728,7 +2171,7 @@ class Classifier:
         kwargs = {key: content[key] for key in ("num_labels", "head", "img_size")}
         names = ("labels", "thresholds", "view", "panorama_thresholds")
         try:
-            kwargs |= content["model_kwargs"]
+            kwargs |= content["head_kwargs"] | content["model_kwargs"]
             model = build_model(content["model_name"], pretrained=False, **kwargs)
             model.data_config |= {k: content[k] for k in ("mean", "std", "interpolation")}
             classifier = cls(model, **{name: content[name] for name in names})
@@ -1783,6 +2226,38 @@ class Classifier:
         table.attrs["unreadable"] = errors
         return table
 
+    def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
+        """Show where the model looks for a label.
+
+        CSRA: its class-specific attention. ML-Decoder: the cross-attention of the label's query.
+        Linear: the class activation map. `overlay_heat_map` draws it over the photo.
+
+        Args:
+            image: a PIL image, an array (H, W, 3) or a path.
+            panorama: a whole 2:1 panorama; a model of halves looks at both halves, which are put
+                together again, each as strong as its probability.
+
+        Returns:
+            (H, W), or (H, 2W) for a panorama cut into halves, in pixels of the model's input;
+            from 0 to 1, the strongest position.
+
+        Raises:
+            ValueError: unknown label.
+        """
+        _check_choice("label", label, self.labels)
+        halves = panorama and self.view == "half"
+        views, problem = _Views([image], self.transform, panorama, halves)[0]
+        if problem:
+            raise OSError(problem)
+        index, views = self.labels.index(label), views.to(self.device)
+        with torch.inference_mode():
+            maps = _label_maps(self.model, views, index)
+            probs = self.model(views)[:, index].sigmoid().view(-1, 1, 1)
+        maps = F.interpolate(maps[:, None], views.shape[2:], mode="bilinear")[:, 0]
+        maps = maps - maps.amin((1, 2), True)
+        maps = maps / maps.amax((1, 2), True).clamp(min=1e-12) * probs / probs.max()
+        return torch.cat(list(maps), dim=1).cpu().numpy()  # side by side
+
     def _predict(
         self, images: Any, panorama: bool, batch_size: int, num_workers: int, unreadable: str
     ) -> tuple[list[str], np.ndarray, list[str]]:
@@ -1795,9 +2270,7 @@ class Classifier:
         loader = make_loader(views, batch_size, num_workers=num_workers)
         bar = tqdm(loader, desc="classifying", leave=False) if len(loader) > 2 else loader
         probs, good, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
-        precision = fast_precision(self.model)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-        with torch.inference_mode(), torch.autocast(self.device, dtype, enabled=precision != "no"):
+        with torch.inference_mode(), _autocast(self.model, self.device):
             for views, messages in bar:
                 good += [not message for message in messages]
                 errors += [message for message in messages if message]
@@ -1829,6 +2302,17 @@ def _as_items(images: Any) -> list[Any]:
     raise TypeError(f"{type(images).__name__}: expected an image, an array, a path or a folder.")
 
 
+def _check_labels(path: Path, found: list[str], wanted: list[str]) -> None:
+    if len(found) != len(wanted):
+        problem = f"it knows {len(found)} labels, not the {len(wanted)} wanted"
+    elif found != wanted:
+        i = next(i for i, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1])
+        problem = f"its label {i + 1} is {found[i]!r}, not {wanted[i]!r}"
+    else:
+        return
+    raise ValueError(f"{path}: {problem}; train on the same partitions to compare.")
+
+
 def _check_description(content: dict) -> None:
     """Refuse a best_classifier.json that is broken or would reach outside its folder."""
     if content["format_version"] != FORMAT_VERSION:
@@ -1836,6 +2320,7 @@ def _check_description(content: dict) -> None:
     needed = {"model_name": str, "head": str, "num_labels": int, "labels": list, "thresholds": list}
     needed |= {"weights": str, "sha256": str, "view": str, "model_kwargs": dict, "img_size": list}
     needed |= {"panorama_thresholds": list, "mean": list, "std": list, "interpolation": str}
+    needed |= {"head_kwargs": dict}
     for key, kind in needed.items():
         if not isinstance(content[key], kind):
             raise ValueError(f"{key} should be a {kind.__name__}.")
@@ -1843,6 +2328,10 @@ def _check_description(content: dict) -> None:
         raise ValueError("weights must be a file name beside it, not a path.")
     if not timm.is_model(content["model_name"]):
         raise ValueError(f"timm has no model {content['model_name']!r}.")
+    _check_choice("head", content["head"], HEADS)
+    unknown = content["head_kwargs"].keys() - _head_options(content["head"])
+    if unknown:
+        raise ValueError(f"the {content['head']} head has no option {_some(sorted(unknown))}.")
     labels = content["labels"]
     if len(set(labels)) < len(labels) or not all(isinstance(label, str) for label in labels):
         raise ValueError("labels should be different texts.")
@@ -1890,6 +2379,36 @@ def _as_picture(image: Any) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         image = open_image(image, (384, 384))
     return np.asarray(image)
+
+
+def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> np.ndarray:
+    """Return a photo (H, W, 3) under a heat map, both at the size of the heat map.
+
+    Args:
+        image: a path, a PIL image or an array.
+        heat_map: (H, W) from 0 to 1, see `Classifier.explain`.
+        opacity: of the hottest place; where nothing is, the photo shows through.
+    """
+    height, width = heat_map.shape
+    photo = open_image(image, (height, width)) if isinstance(image, (str, os.PathLike)) else image
+    photo = photo if isinstance(photo, Image.Image) else Image.fromarray(np.asarray(photo))
+    pixels = np.asarray(_to_rgb(photo).resize((width, height)), float) / 255
+    alpha = opacity * heat_map[..., None]
+    return np.rint(255 * ((1 - alpha) * pixels + alpha * plt.cm.plasma(heat_map)[..., :3])).astype(
+        np.uint8
+    )
+
+
+def plot_comparison(table: pd.DataFrame) -> plt.Figure:
+    """Draw the AP differences of `compare_scores` with their 95 % intervals."""
+    order = [*table.index.drop("mAP")[np.argsort(table["difference"].drop("mAP"))], "mAP"]
+    rows = table.loc[order]
+    figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(rows) + 0.9), layout="constrained")
+    error = np.stack([rows["difference"] - rows["low"], rows["high"] - rows["difference"]])
+    axis.errorbar(rows["difference"], order, xerr=error.clip(0), fmt="o", color="tab:blue")
+    axis.axvline(0, ls=":", color="grey")
+    axis.set_xlabel("difference in average precision to the baseline, 95 % interval")
+    return figure
 
 
 def plot_history(history: pd.DataFrame) -> plt.Figure:
