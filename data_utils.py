@@ -37,6 +37,8 @@ from accelerate.utils import set_seed
 from iterstrat.ml_stratifiers import IterativeStratification
 from joblib import Parallel, delayed
 from PIL import Image, ImageOps
+from sklearn.decomposition import PCA
+from sklearn.model_selection import GroupKFold
 from timm.data import Mixup, resolve_model_data_config
 from timm.loss import CLASS_WEIGHT_METHODS, compute_class_weights, create_classification_loss
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -55,6 +57,7 @@ __all__ = [
     "FeatureSet",
     "MLDecoder",
     "MaskedLoss",
+    "OutOfFold",
     "RandomHorizontalRoll",
     "TrainConfig",
     "Trainer",
@@ -76,7 +79,9 @@ __all__ = [
     "mean_average_precision",
     "measure_throughput",
     "open_image",
+    "out_of_fold",
     "overlay_heat_map",
+    "patch_features",
     "plot_comparison",
     "plot_history",
     "read_class_folders",
@@ -441,8 +446,10 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     stem = targets["image"].map(_without_suffix)
     is_half = stem.str.endswith(("_left", "_right"))
     panorama = stem.str.replace(_HALF, "", regex=True).rename("image")
-    by = targets.drop(columns="image").groupby(panorama, sort=False)
-    combined, labels = by.first(), targets.select_dtypes("number").columns
+    labels = targets.select_dtypes(["number", "bool"]).columns
+    by = targets.drop(columns="image").astype(dict.fromkeys(labels, float))
+    by = by.groupby(panorama, sort=False)
+    combined = by.first()
     enough = by[labels].count().ge(1 + is_half.groupby(panorama, sort=False).any(), axis=0)
     combined[labels] = by[labels].max().where(lambda highest: (highest >= 0.5) | enough)
     return combined.reset_index()
@@ -546,7 +553,8 @@ def group_stratified_split(
 
     Returns:
         {"train", "val", "test"} → rows of `df`, in their order. Warns of labels that fewer than 3
-        groups show, which no split can put into every part.
+        groups show, which no split can put into every part, and of labels without a judged cell
+        in some part.
 
     Raises:
         ValueError: fewer groups than parts, a row without a group, or ratios that are not three
@@ -561,17 +569,24 @@ def group_stratified_split(
     if len(names) < 3:
         raise ValueError(f"{len(names)} groups cannot fill 3 parts; group by something finer.")
     values = df[list(label_columns)].to_numpy(float)
-    sums = pd.DataFrame(np.hstack([values > 0.5, ~np.isnan(values)]).astype(float))
+    sums = pd.DataFrame(np.hstack([values >= 0.5, ~np.isnan(values)]).astype(float))
     positive, known = np.hsplit(sums.groupby(group).sum().to_numpy(), 2)  # each (G, L)
     rare = [f"{c} ({n})" for c, n in zip(label_columns, (positive > 0).sum(0)) if n < 3]
     if rare:
         warnings.warn(f"Labels present in fewer than 3 groups: {_some(rare)}.", stacklevel=2)
     share /= share.sum()
-    start = IterativeStratification(positive > 0, share, np.random.RandomState(seed))
+    sparse = np.isnan(values).any(0)  # of these labels the judged cells are dealt as well
+    dealt = np.hstack([positive > 0, (known > positive)[:, sparse]])
+    start = IterativeStratification(dealt, share, np.random.RandomState(seed))
     for i in range(3):
         if not (start == i).any():  # very few groups: no part may stay empty
             start[np.flatnonzero(start == np.bincount(start).argmax())[0]] = i
-    part = _refine_split(start, positive, known, np.bincount(group), share, seed)[group]
+    part = _refine_split(start, positive, known, np.bincount(group), share, seed)
+    judged = np.stack([known[part == i].sum(0) for i in range(3)]) > 0  # (3, L)
+    lost = [c for c, found in zip(label_columns, judged.T) if found.any() and not found.all()]
+    if lost:
+        warnings.warn(f"Labels that nobody judged in some part: {_some(lost)}.", stacklevel=2)
+    part = part[group]
     parts = {name: df[part == i] for i, name in enumerate(("train", "val", "test"))}
     n_found = sum(rows[group_col].nunique() for rows in parts.values())
     assert n_found == len(names), "a group is in two parts"
@@ -581,10 +596,15 @@ def group_stratified_split(
 def _split_cost(totals: np.ndarray, share: np.ndarray) -> np.ndarray:
     """Return how unlike the parts are; totals (..., 3, 2L + 1) as in `_refine_split`."""
     deviation, known = np.split(totals[..., :-1], 2, axis=-1)
-    deviation = deviation / np.maximum(known, 1)
+    total = known.sum(-2, keepdims=True)
+    expected = share[:, None] * total
+    sparse = total < totals[..., -1:].sum(-2, keepdims=True)  # some cells unknown
+    enough = np.where(sparse, np.maximum(known, expected), known)  # few cells are no good rate
+    deviation = deviation / np.maximum(enough, 1)
+    unjudged = (sparse * ((known - expected) / np.maximum(total, 1)) ** 2).sum((-1, -2))
     size_error = totals[..., -1] / totals[..., -1].sum(-1, keepdims=True) - share
     worst = np.abs(deviation).max((-1, -2))
-    return (deviation**2).sum((-1, -2)) + 4 * worst**2 + (size_error**2).sum(-1)
+    return (deviation**2).sum((-1, -2)) + 4 * worst**2 + unjudged + (size_error**2).sum(-1)
 
 
 def _refine_split(
@@ -927,6 +947,108 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+# ---------------------------------------------------------------- features, out of fold
+
+
+def _patches(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Return every second patch of (B, 3, H, W), normalised: (B, P, 3 side²)."""
+    patches = F.unfold(images, side, stride=2).transpose(1, 2)
+    patches = patches - patches.mean(-1, keepdim=True)
+    return patches / (patches.std(-1, keepdim=True) + 0.05)
+
+
+def patch_features(
+    paths: Sequence[str | os.PathLike],
+    n_components: int = 256,
+    n_filters: int = 256,
+    size: int = 64,
+    seed: int = 42,
+) -> torch.Tensor:
+    """Describe images with neither labels nor pretrained weights (Coates et al., AISTATS 2011).
+
+    Whitened random patches of the images themselves are the filters; their rectified responses are
+    averaged over a 4 × 4 grid and reduced by PCA. Weaker than a pretrained network, but ready in
+    seconds, and no label can leak through it.
+
+    Args:
+        n_components: D, at most the number of images.
+        n_filters: patches that serve as filters.
+        size: height and width to which the images are squeezed.
+
+    Returns:
+        (N, D), each column with mean 0, the first with variance 1.
+    """
+    side, rng = 6, np.random.default_rng(seed)
+    squeeze = v2.Compose([v2.Resize((size, size)), v2.PILToTensor(), v2.ToDtype(torch.float, True)])
+    images = torch.stack([squeeze(open_image(path, (size, size))) for path in paths])
+    some = images[rng.choice(len(images), min(len(images), 500), replace=False)]
+    found = _patches(some, side).flatten(0, 1)
+    found = found[rng.choice(len(found), min(len(found), 20_000), replace=False)]
+    mean, (variance, axes) = found.mean(0), torch.linalg.eigh(found.T.cov())
+    whiten = axes @ torch.diag((variance + 0.1).rsqrt()) @ axes.T
+    filters = F.normalize((found[:n_filters] - mean) @ whiten, dim=1)
+    pooled = []
+    for batch in images.split(16):
+        response = (_patches(batch, side) - mean) @ whiten @ filters.T  # (B, P, K)
+        response = torch.cat([(response - 0.5).relu(), (-response - 0.5).relu()], dim=2)
+        grid = int(response.shape[1] ** 0.5)
+        maps = response.transpose(1, 2).unflatten(2, (grid, grid))
+        pooled.append(F.adaptive_avg_pool2d(maps, 4).flatten(1))
+    pca = PCA(min(n_components, len(images)), svd_solver="randomized", random_state=seed)
+    features = pca.fit_transform(torch.cat(pooled).numpy())
+    return torch.from_numpy(features / features[:, 0].std()).float()
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Probabilities (N, L), each from a model that saw neither the image nor its group.
+
+    Only `out_of_fold` should make one: `folds` (N,) says in which fold a row was left out.
+    """
+
+    probs: np.ndarray
+    folds: np.ndarray
+    groups: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not len(self.probs) == len(self.folds) == len(self.groups):
+            raise ValueError("probs, folds and groups have different lengths.")
+        spread = pd.Series(self.folds).groupby(pd.Series(self.groups)).nunique()
+        if (spread > 1).any():
+            leaks = _some(spread.index[spread > 1])
+            raise ValueError(f"not out of fold: {leaks} stand in several folds; use out_of_fold.")
+        if np.isnan(self.probs).any() or len(set(self.folds)) < 2:
+            raise ValueError("not out of fold: a row was left out by no fold; use out_of_fold.")
+
+
+def out_of_fold(
+    fit_predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    groups: Sequence[str],
+    n_folds: int = 5,
+    seed: int = 42,
+) -> OutOfFold:
+    """Predict every image with a model that was trained without its group.
+
+    Args:
+        fit_predict: (rows to train on, rows to predict) → probabilities (len(second), L).
+        groups: (N,), never divided between folds.
+        n_folds: at most the number of groups, which is leave-one-group-out.
+
+    Raises:
+        ValueError: fewer groups than folds.
+    """
+    groups = np.asarray(groups)
+    if len(set(groups)) < max(n_folds, 2):
+        raise ValueError(f"{len(set(groups))} groups are too few for {n_folds} folds.")
+    probs, folds = None, np.full(len(groups), -1)
+    splitter = GroupKFold(n_folds, shuffle=True, random_state=seed)
+    for fold, (train, held_out) in enumerate(splitter.split(groups, groups=groups)):
+        found = fit_predict(train, held_out)
+        probs = np.full((len(groups), found.shape[1]), np.nan) if probs is None else probs
+        probs[held_out], folds[held_out] = found, fold
+    return OutOfFold(probs, folds, groups)
 
 
 # ---------------------------------------------------------------- heads
@@ -1331,7 +1453,10 @@ def extract_features(
     device = next(model.parameters()).device
     model.eval()
     found = []
-    with torch.inference_mode(), _autocast(model, device.type):
+    with (
+        torch.no_grad(),
+        _autocast(model, device.type),
+    ):  # inference tensors could not be trained on
         for images, _ in make_loader(dataset, batch_size, num_workers=num_workers):
             found.append(model.forward_features(images.to(device)).float().cpu())
     return torch.cat(found)
@@ -1416,9 +1541,10 @@ def fast_precision(model: nn.Module) -> str:
 class MaskedLoss(nn.Module):
     """A timm multi-label loss by name that leaves unknown (NaN) targets out.
 
-    "bce", "asl" and "db" are averaged over the known cells. "zlpr" and "twoway" compare labels with
-    each other: an unknown cell enters as a negative with logit -1e4, whose share in their
-    log-sum-exp is exactly zero.
+    "bce", "asl" and "db" are averaged over the known cells; the weights of "db" take an unknown
+    cell as present by the label's rate in training. "zlpr" and "twoway" compare labels with each
+    other: an unknown cell enters as a negative with logit -1e4, whose share in their log-sum-exp
+    is exactly zero. "zlpr" is averaged over the images with a known cell.
 
     Args:
         name: "bce", "asl", "zlpr", "twoway" or "db".
@@ -1453,12 +1579,17 @@ class MaskedLoss(nn.Module):
         if self.averages_cells:
             loss.reduction = "none"
         self.loss = loss
+        prior = torch.as_tensor(counts / len(targets) * (name == "db"), dtype=torch.float)
+        self.register_buffer("prior", prior, persistent=False)
+        self.averages_images = name == "zlpr"
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         known = ~targets.isnan()
-        targets = targets.nan_to_num(0.0)
+        targets = torch.where(known, targets, self.prior.to(targets.dtype))
         if not self.averages_cells:
-            return self.loss(logits.float().masked_fill(~known, -1e4), targets)
+            loss = self.loss(logits.float().masked_fill(~known, -1e4), targets)
+            n_judged = known.any(1).sum().clamp(min=1)
+            return loss * len(known) / n_judged if self.averages_images else loss
         cells = self.loss(logits.float(), targets)  # (B, L)
         return (cells * known).sum() / known.sum().clamp(min=1)
 
@@ -1675,7 +1806,7 @@ class Trainer:
         total = config.epochs * len(self.loader)
         done = self.epoch * len(self.loader)
         hidden = {} if main else {"disable": True}  # leaves TQDM_DISABLE to the user
-        bar = tqdm(total=total, initial=done, desc="training", leave=False, **hidden)
+        bar = tqdm(total=total, initial=done, desc="training", leave=False, delay=2, **hidden)
         try:
             with bar:
                 while self.epoch < config.epochs and self._waited() < config.patience:
@@ -2268,7 +2399,7 @@ class Classifier:
         names = [_item_name(item, i) for i, item in enumerate(items)]
         views = _Views(items, self.transform, panorama, halves)
         loader = make_loader(views, batch_size, num_workers=num_workers)
-        bar = tqdm(loader, desc="classifying", leave=False) if len(loader) > 2 else loader
+        bar = tqdm(loader, desc="classifying", leave=False, delay=2)
         probs, good, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
         with torch.inference_mode(), _autocast(self.model, self.device):
             for views, messages in bar:

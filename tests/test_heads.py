@@ -646,6 +646,8 @@ def test_head_on_stored_features_gives_the_logits_of_the_whole_model():
         logits = torch.stack([model.head(stored[i][0][None])[0] for i in range(8)])
         torch.testing.assert_close(logits, expected, atol=2e-2, rtol=0)
         assert stored[3][1].tolist() == [0, 1, 0]
+        model.head(stored[0][0][None]).sum().backward()
+        assert model.head.weight.grad.abs().max() > 0
     with pytest.raises(ValueError, match="8 features and 7 rows"):
         du.FeatureSet(features, photos.targets[:7], photos.label_columns)
 

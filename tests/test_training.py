@@ -99,6 +99,10 @@ def db(targets):
     losses = []
     for row, column, x, y in cells(targets):
         repeat = sum(1 / counts[c] for r, c, _, t in cells(targets) if r == row and t)
+        unknown = sum(
+            math.isnan(t) for t in targets[row]
+        )  # present by rate: count / n of 1 / count
+        repeat += unknown / n
         ratio = (1 / counts[column]) / repeat if repeat else math.inf
         weight = 0.1 + (sigmoid(10 * (ratio - 0.2)) if ratio < math.inf else 1)
         z = x - 0.05 * math.log(n / counts[column] - 1) / 2
