@@ -8,7 +8,9 @@ A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (s
 """
 
 import contextlib
+import csv
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -17,6 +19,7 @@ import re
 import shutil
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,7 +41,9 @@ from iterstrat.ml_stratifiers import IterativeStratification
 from joblib import Parallel, delayed
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
+from sklearn.metrics import cohen_kappa_score
 from sklearn.model_selection import GroupKFold
+from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
 from timm.loss import CLASS_WEIGHT_METHODS, compute_class_weights, create_classification_loss
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -62,6 +67,9 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "TriStateMixup",
+    "annotator_agreement",
+    "append_decision",
+    "apply_decisions",
     "attach_images",
     "build_model",
     "combine_halves",
@@ -70,6 +78,8 @@ __all__ = [
     "fast_precision",
     "find_near_duplicates",
     "find_optimal_thresholds",
+    "find_wrong_classes",
+    "find_wrong_labels",
     "gains_by_channels_last",
     "group_stratified_split",
     "label_distribution",
@@ -84,15 +94,19 @@ __all__ = [
     "patch_features",
     "plot_comparison",
     "plot_history",
+    "rank_for_labelling",
     "read_class_folders",
     "read_csv_labels",
     "read_labelbox",
+    "read_labelbox_import",
     "read_partition",
+    "replacing",
     "score_labels",
     "show_images",
     "summarize_scores",
     "to_panorama_level",
     "to_targets",
+    "write_labelbox",
     "write_partition",
 ]
 
@@ -108,7 +122,7 @@ _HALF = re.compile(r"_(left|right)$")
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place only if all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,14 +135,14 @@ def _replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _write_json(path: str | os.PathLike, content: Any) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _save_weights(model: nn.Module, path: Path) -> str:
     """Write a plain state dict on the CPU and return the sha256 of the file."""
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         torch.save(weights, temporary)
         return hashlib.sha256(temporary.read_bytes()).hexdigest()
 
@@ -298,6 +312,7 @@ def to_targets(
     positive_max: int = 3,
     unanswered: str = "absent",
     soft: dict[int, float] | None = None,
+    hard: bool = False,
 ) -> pd.DataFrame:
     """Turn annotated answers into targets.
 
@@ -307,6 +322,8 @@ def to_targets(
         unanswered: what an unticked question means where somebody labelled the image in a project
             that asks it: "absent" (0) or "unknown" (NaN).
         soft: soft target a grade, e.g. {1: 1.0, 2: 0.9, 3: 0.6}; None gives 1.
+        hard: decide by the mean certainty: with `soft`, 1 where the mean over the annotators is
+            0.5 or more, else 0. False keeps the mean, and so any disagreement, as soft target.
 
     Returns:
         `image` and one column a label: 1, 0, NaN (unknown) or soft. Several annotators are
@@ -333,10 +350,76 @@ def to_targets(
         asked = asked.reindex(everyone["project"]).fillna(0).to_numpy() > 0
         table = table.mask(table.isna() & asked, 0.0)
     targets = table.mask(table < 0).groupby(level="image", sort=False).mean()
-    if soft is None:
-        targets = (targets >= 0.5).astype(float).where(targets.notna())
+    if soft is None or hard:  # rounded: 0.2, 0.6 and 0.7 average just below 0.5
+        targets = (targets.round(9) >= 0.5).astype(float).where(targets.notna())
     targets = targets.reindex(answers["image"].unique())
     return targets.rename_axis(index="image", columns=None).reset_index()
+
+
+def _fleiss_kappa(counts: np.ndarray) -> float:
+    """Return Fleiss' kappa, (P - Pe) / (1 - Pe), of how many raters chose each category.
+
+    P is the mean over the images of P_i = sum_j n_ij (n_ij - 1) / (n_i (n_i - 1)), the share of
+    agreeing pairs of raters, and Pe = sum_j p_j² with p_j the share of category j in all
+    judgements (Fleiss, Psychological Bulletin 76(5), 1971). With the image's own n_i in place of
+    Fleiss' fixed n, images may have different numbers of raters.
+
+    Args:
+        counts: (N, K), images by categories; every image has at least 2 raters.
+
+    Returns:
+        1 for perfect agreement, 0 for chance; NaN if only one category was ever chosen.
+    """
+    counts = np.asarray(counts, float)
+    n = counts.sum(1)
+    observed = ((counts * (counts - 1)).sum(1) / (n * (n - 1))).mean()
+    expected = ((counts.sum(0) / n.sum()) ** 2).sum()
+    return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")
+
+
+def annotator_agreement(
+    answers: pd.DataFrame, positive_max: int = 3, unanswered: str = "absent"
+) -> pd.DataFrame:
+    """Say how far annotators agree on which images show each label.
+
+    Each annotator's answers are read as `to_targets` reads them; unknown cells are no judgement.
+    Answers without an annotator count as one annotator a label record.
+
+    Args:
+        answers: what `read_labelbox` returns.
+        positive_max, unanswered: as in `to_targets`. With "unknown" an unticked box is no
+            judgement, so agreement on absence is not seen.
+
+    Returns:
+        A line a label: label; images, judged by 2 or more; annotators among them; agreement, the
+        mean share of agreeing pairs of annotators an image; statistic and kappa. Exactly two
+        annotators give Cohen's kappa (Educational and Psychological Measurement 20, 1960), more
+        give Fleiss' (Psychological Bulletin 76, 1971; images may differ in their annotators).
+        No image judged twice, or all judgements alike, gives NaN.
+    """
+    annotator = answers["annotator"].fillna(answers["label_id"])
+    pairs = pd.MultiIndex.from_arrays([answers["image"], annotator])
+    code, pairs = pairs.factorize()
+    each = to_targets(answers.assign(image=code), positive_max, unanswered).set_index("image")
+    each = each.set_axis(pairs[each.index])
+    tables = {label: cells.unstack() for label, cells in each.items()}  # noqa: PD010 (a Series)
+    return pd.DataFrame([_agree(label, judged) for label, judged in tables.items()])
+
+
+def _agree(label: str, judged: pd.DataFrame) -> dict:
+    """Return the line of one label; judged (images, annotators) is 1, 0 or NaN."""
+    judged = judged[judged.count(axis=1) >= 2].dropna(axis=1, how="all")
+    counts = np.stack([judged.eq(0).sum(axis=1), judged.eq(1).sum(axis=1)], axis=1)
+    line = {"label": label, "images": len(judged), "annotators": judged.shape[1]}
+    line |= {"agreement": np.nan, "statistic": None, "kappa": np.nan}
+    if len(judged):
+        n = counts.sum(1)
+        line["agreement"] = ((counts * (counts - 1)).sum(1) / (n * (n - 1))).mean()
+        line["statistic"] = "Cohen" if judged.shape[1] == 2 else "Fleiss"
+        if counts.any(0).all():
+            both = judged.to_numpy().T
+            line["kappa"] = cohen_kappa_score(*both) if len(both) == 2 else _fleiss_kappa(counts)
+    return line
 
 
 def _read_table(path: str | os.PathLike) -> pd.DataFrame:
@@ -535,6 +618,254 @@ def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> 
     return paths.map(lambda p: "/".join(p.parts[:group_by]))
 
 
+# ---------------------------------------------------------------- back to Labelbox
+
+
+def _walk_options(
+    items: list[dict], above: tuple | None = None, prefix: str = ""
+) -> Iterator[tuple[str, str, tuple | None, dict, dict]]:
+    """Yield (question, kind, above, item, answer) an answer, named as `_walk_answers` names it.
+
+    `above` is None at the top and (question, option) below an option; any grade is option None.
+    """
+    for item in items:
+        question = prefix + item["name"]
+        if "text_answer" in item:
+            yield question, "text", above, item, {}
+        given = item.get("radio_answer") or item.get("checklist_answers") or []
+        kind = "checklist" if "checklist_answers" in item else "radio"
+        for answer in given if isinstance(given, list) else [given]:
+            yield question, kind, above, item, answer
+            option = None if _GRADE.match(answer["name"]) else answer["name"]
+            below = question if option is None else f"{question} / {option}"
+            nested = answer.get("classifications") or []
+            yield from _walk_options(nested, (question, option), f"{below} / ")
+
+
+def _read_questions(path: str | os.PathLike) -> tuple[dict[str, set], dict[str, dict]]:
+    """Return the data rows by name, and each question with the options that the export holds."""
+    rows, questions = {}, {}
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        where, line = f"{path}, line {number}", line.decode("utf-8-sig", "replace")
+        if not line.strip():
+            continue
+        row = _parse_row(line, where)
+        _checked_answers(row, where)
+        key = next((k for k in ("global_key", "id") if row["data_row"].get(k)), None)
+        if not key:
+            raise ValueError(f"{where}: data_row has no 'id' or 'global_key'; export it again.")
+        for name in {row["data_row"]["external_id"], row["data_row"].get("global_key")} - {None}:
+            found = "globalKey" if key == "global_key" else "id", row["data_row"][key]
+            rows.setdefault(name, set()).add(found)
+        for label in (label for p in row["projects"].values() for label in p.get("labels") or []):
+            items = label.get("annotations", {}).get("classifications") or []
+            for question, kind, above, item, answer in _walk_options(items):
+                fresh = {"kind": kind, "above": above, "item": item, "options": {}}
+                node = questions.setdefault(question, fresh)
+                if (node["kind"], node["above"]) != (kind, above):
+                    problem = f"{question!r} is asked as {node['kind']} and as {kind}"
+                    raise ValueError(f"{where}: {problem}; export one project at a time.")
+                if answer:
+                    node["options"].setdefault(answer["name"], answer)
+    for question, node in questions.items():
+        grades = [(int(found[1]), o) for o in node["options"] if (found := _GRADE.match(o))]
+        node["grades"] = dict(reversed(grades))  # the first option of a grade wins
+        whole = grades or node["kind"] == "text"
+        options = {question: None} if whole else {f"{question} / {o}": o for o in node["options"]}
+        node["labels"] = options
+    return rows, questions
+
+
+def _choose(node: dict, cells: dict, threshold: float, floors: dict, absent: int | None) -> dict:
+    """Return {option: (confidence, is present)} for a question that is no text."""
+    chosen = {}
+    for label, option in node["labels"].items():
+        value = cells.get(label)
+        if pd.isna(value):
+            continue
+        prob, present = cells.get(f"{label}_prob", value), value >= threshold
+        if option is None and present:
+            wanted = min((g for g, floor in floors.items() if prob >= floor), default=max(floors))
+            nearest = min(set(node["grades"]) & set(floors), key=lambda g: (abs(g - wanted), -g))
+            chosen[node["grades"][nearest]] = prob, True
+        elif option is None and absent in node["grades"]:
+            chosen[node["grades"][absent]] = 1 - prob, False
+        elif option is not None and present:
+            chosen[option] = prob, True
+    if node["kind"] == "radio" and chosen:
+        best = max(chosen, key=lambda option: chosen[option][0])
+        return {best: chosen[best]}
+    return chosen
+
+
+def _answers(
+    questions: dict[str, dict], above: tuple | None, cells: dict, by: str, *rule
+) -> Iterator[tuple[str, dict]]:
+    """Yield (question, its import object) for the questions right below `above`."""
+
+    def named(feature: dict) -> dict:
+        schema_id = feature.get("feature_schema_id") if by == "schemaId" else None
+        return {"schemaId": schema_id} if schema_id else {"name": feature["name"]}
+
+    for question, node in questions.items():
+        if node["above"] != above:
+            continue
+        if node["kind"] == "text":
+            if not pd.isna(cells.get(question)):
+                yield question, named(node["item"]) | {"answer": str(cells[question])}
+            continue
+        given = []
+        for option, (confidence, present) in _choose(node, cells, *rule).items():
+            answer = named(node["options"][option]) | {"confidence": round(float(confidence), 6)}
+            below = question, None if _GRADE.match(option) else option
+            nested = _answers(questions, below, cells, by, *rule) if present else ()
+            nested = [child for _, child in nested]
+            given.append(answer | ({"classifications": nested} if nested else {}))
+        if given:
+            content = given if node["kind"] == "checklist" else given[0]
+            yield question, named(node["item"]) | {"answer": content}
+
+
+def _match_rows(images: pd.Series, rows: dict[str, set], path: str | os.PathLike) -> list[tuple]:
+    """Return ("globalKey" or "id", value) of each image, by its name or its file name."""
+    images = images.astype(str)
+    found = [rows.get(name) or rows.get(Path(name).name) or set() for name in images]
+    keys = pd.Series([tuple(sorted(keys)) for keys in found], index=images.index)
+    for problem, what in [
+        (keys.map(len) == 0, "not in the export, leave them out or export them as well"),
+        (keys.map(len) > 1, "several data rows of one name, give their global keys as image"),
+        (keys.duplicated(), "predicted twice, expected one row an image"),
+    ]:
+        if problem.any():
+            raise ValueError(f"{path}: {what}: {_some(images[problem])}.")
+    return [key[0] for key in keys]
+
+
+def _check_cells(
+    predictions: pd.DataFrame, questions: dict[str, dict], floors: dict, path: str | os.PathLike
+) -> None:
+    nodes = {label: node for node in questions.values() for label in node["labels"]}
+    nodes = {c: n for c, n in nodes.items() if not n["grades"] or set(n["grades"]) & set(floors)}
+    columns = [c for c in predictions if c != "image" and c.removesuffix("_prob") not in nodes]
+    unknown = [column for column in columns if column not in nodes]
+    if unknown:
+        hint = "drop or rename them"
+        raise ValueError(f"{path}: no answer shows the labels {_some(unknown)}; {hint}.")
+    for column in [c for c in predictions if c != "image"]:
+        if nodes.get(column, nodes.get(column.removesuffix("_prob")))["kind"] == "text":
+            continue
+        values = pd.to_numeric(predictions[column], errors="coerce")
+        wrong = predictions[predictions[column].notna() & ~values.between(0, 1)]
+        for image, value in zip(wrong["image"], wrong[column]):
+            problem = f"{column}={value!r}, expected 0 to 1, or NaN for unknown"
+            raise ValueError(f"predictions of {image}: {problem}.")
+
+
+def write_labelbox(
+    predictions: pd.DataFrame,
+    export_path: str | os.PathLike,
+    path: str | os.PathLike,
+    threshold: float = 0.5,
+    grade_floors: dict[int, float] | None = None,
+    absent: int | None = 0,
+    by: str = "name",
+) -> int:
+    """Write predictions as pre-labels that Labelbox imports, one question (a JSON object) a line.
+
+    A present label is answered with its option, or, where the question is graded, with the most
+    certain grade whose floor its probability reaches; of a grade that the export never uses, with
+    the nearest one it does (the less certain of two). An absent label is no answer, except where
+    its question has an option of grade `absent`, whose confidence is 1 - probability. NaN writes
+    nothing. A radio question takes its most probable present option. A nested answer is written
+    only below a present answer, as Labelbox cannot hold it elsewhere. Descriptive options of a
+    graded question ("Foreground") are never answered.
+
+    Args:
+        predictions: `image` (external id, global key, or a path that ends in one) and a column a
+            label, named as `read_labelbox` names it: a probability, 0 or 1, or NaN. Where
+            LABEL_prob stands beside LABEL, as in `Classifier.predict`, LABEL decides and
+            LABEL_prob is the confidence. A column named like a text question holds texts.
+        export_path: the Labelbox v2 export that the labels were read from; it gives the data rows
+            and says which question and option a label is.
+        path: the NDJSON file to write; the same input gives the same bytes.
+        threshold: a label is present from this value on.
+        grade_floors: the least probability of each grade; None takes {1: 0.9, 2: 0.7, 3: 0.0}.
+        absent: the grade that means absent; None never answers an absent label.
+        by: "name" fits any project that asks these questions; "schemaId" only the exported one.
+
+    Returns:
+        The number of lines.
+
+    Raises:
+        ValueError: an image that the export does not hold, holds several times, or that is
+            predicted twice; a column that is no label; a value outside 0..1; no v2 export.
+    """
+    _check_choice("by", by, ("name", "schemaId"))
+    if "image" not in predictions.columns:
+        raise ValueError("predictions: no column 'image'; expected image and one column a label.")
+    floors = grade_floors or {1: 0.9, 2: 0.7, 3: 0.0}
+    rows, questions = _read_questions(export_path)
+    keys = _match_rows(predictions["image"], rows, export_path)
+    _check_cells(predictions, questions, floors, export_path)
+    lines = []
+    for key, cells in zip(keys, predictions.to_dict("records")):
+        for question, found in _answers(questions, None, cells, by, threshold, floors, absent):
+            name = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([*key, question]))
+            lines.append(found | {"dataRow": dict([key]), "uuid": str(name)})
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return len(lines)
+
+
+def _walk_import(items: list[dict], names: dict[str, str], prefix: str = "") -> Iterator[dict]:
+    """Yield each answer of import objects as {question, kind, answer, confidence}."""
+    for item in items:
+        question, given = prefix + (item.get("name") or names[item["schemaId"]]), item["answer"]
+        if isinstance(given, str):
+            yield {"question": question, "kind": "text", "answer": given, "confidence": None}
+            continue
+        kind = "checklist" if isinstance(given, list) else "radio"
+        for answer in given if isinstance(given, list) else [given]:
+            option = answer.get("name") or names[answer["schemaId"]]
+            base = {"question": question, "kind": kind, "answer": option}
+            yield base | {"confidence": answer.get("confidence")}
+            below = question if _GRADE.match(option) else f"{question} / {option}"
+            yield from _walk_import(answer.get("classifications") or [], names, f"{below} / ")
+
+
+def read_labelbox_import(path: str | os.PathLike, export_path: str | os.PathLike) -> pd.DataFrame:
+    """Read pre-labels as `read_labelbox` reads an export, so that `to_targets` takes them.
+
+    Returns:
+        The columns of `read_labelbox` and confidence (NaN for texts); `image` is the external id
+        or global key, `annotator` is None. Images without any answer have no line.
+
+    Raises:
+        ValueError: a line is no import of this export; names file, line and what was expected.
+    """
+    rows, questions = _read_questions(export_path)
+    images = {key: name for name, keys in reversed(rows.items()) for key in keys}
+    features = [f for n in questions.values() for f in [n["item"], *n["options"].values()]]
+    names = {feature.get("feature_schema_id"): feature["name"] for feature in features}
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        try:
+            item = json.loads(line)
+            (key,) = item["dataRow"].items()
+            base = {"image": images[key], "data_row_id": key[1], "project": "import"}
+            base |= {"annotator": None, "label_id": f"import of {key[1]}", "judged": True}
+            records += [base | answer for answer in _walk_import([item], names)]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            hint = f"expected an answer to a data row of {export_path}"
+            raise ValueError(f"{path}, line {number}: {hint} ({error!r}).") from None
+    columns = ["image", "data_row_id", "project", "annotator", "label_id", "judged"]
+    columns += ["question", "kind", "answer", "confidence"]
+    answers = pd.DataFrame(records, columns=columns)
+    answers["grade"] = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
+    return _name_labels(answers, [], "keep", ())
+
+
 # ---------------------------------------------------------------- partition
 
 
@@ -685,7 +1016,7 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
 def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
     """Write a partition CSV; `image_path` becomes relative to the CSV's folder."""
     relative = [Path(os.path.relpath(p, Path(path).parent)).as_posix() for p in df["image_path"]]
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         df.assign(image_path=relative).to_csv(temporary, index=False)
 
 
@@ -885,7 +1216,7 @@ class DataPartition(Dataset):
         image = open_image(path, size)
         if image.height > size[0] and image.width > size[1]:
             image = ImageOps.cover(image, size[::-1])
-        with _replacing(copy) as temporary, open(temporary, "wb") as file:
+        with replacing(copy) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
         return image
 
@@ -961,7 +1292,7 @@ def _patches(images: torch.Tensor, side: int) -> torch.Tensor:
 
 def patch_features(
     paths: Sequence[str | os.PathLike],
-    n_components: int = 256,
+    n_components: int = 128,
     n_filters: int = 256,
     size: int = 64,
     seed: int = 42,
@@ -997,7 +1328,7 @@ def patch_features(
         maps = response.transpose(1, 2).unflatten(2, (grid, grid))
         pooled.append(F.adaptive_avg_pool2d(maps, 4).flatten(1))
     pca = PCA(min(n_components, len(images)), svd_solver="randomized", random_state=seed)
-    features = pca.fit_transform(torch.cat(pooled).numpy())
+    features = pca.fit_transform(StandardScaler().fit_transform(torch.cat(pooled).numpy()))
     return torch.from_numpy(features / features[:, 0].std()).float()
 
 
@@ -1049,6 +1380,167 @@ def out_of_fold(
         probs = np.full((len(groups), found.shape[1]), np.nan) if probs is None else probs
         probs[held_out], folds[held_out] = found, fold
     return OutOfFold(probs, folds, groups)
+
+
+# ---------------------------------------------------------------- wrong labels and their review
+
+
+def _check_unique(images: Iterable[Any], where: str) -> None:
+    images = pd.Series(images)
+    if images.duplicated().any():
+        twice = images[images.duplicated()].unique()
+        raise ValueError(f"{where}: {len(twice)} images occur twice: {_some(twice)}; keep one row.")
+
+
+def _check_out_of_fold(oof: OutOfFold, n_images: int) -> None:
+    if not isinstance(oof, OutOfFold):
+        kind = type(oof).__name__
+        raise TypeError(f"{kind}: expected what out_of_fold returns; others have seen the labels.")
+    if len(oof.probs) != n_images:
+        raise ValueError(f"{len(oof.probs)} out-of-fold rows for {n_images} images.")
+
+
+def _masked_softmin(
+    scores: np.ndarray, known: np.ndarray, temperature: float = 0.1, **_: Any
+) -> np.ndarray:
+    """Return Σ s softmax((1 - s) / T) over the known labels (N,); 1 where none is known."""
+    weights = np.where(known, np.exp((1 - scores) / temperature), 0)
+    total = weights.sum(1)
+    return np.where(total > 0, (weights * scores).sum(1) / np.maximum(total, 1e-12), 1.0)
+
+
+def find_wrong_labels(
+    targets: np.ndarray, oof: OutOfFold, label_columns: Sequence[str], images: Sequence[Any]
+) -> pd.DataFrame:
+    """Find labels that are probably wrong by confident learning (Northcutt et al., JAIR 2021).
+
+    cleanlab judges each label on the images on which it is known, and ranks images by the softmin
+    over their known labels (Thyagarajan et al., arXiv 2211.13895).
+
+    Args:
+        targets: (N, L) as given, NaN for unknown.
+        oof: of the same N images, see `out_of_fold`.
+        images: N names, each once.
+
+    Returns:
+        A line a suspected cell, the most suspicious first: rank, image_path, label, given,
+        predicted, prob (out of fold), quality (probability of the given answer), photo_quality.
+
+    Raises:
+        TypeError: probabilities that were not made by `out_of_fold`.
+        ValueError: an image occurs twice.
+    """
+    from cleanlab.multilabel_classification.filter import find_multilabel_issues_per_class
+    from cleanlab.multilabel_classification.rank import get_label_quality_scores
+
+    _check_out_of_fold(oof, len(targets))
+    _check_unique(images, "images")
+    known, present, issues = ~np.isnan(targets), targets >= 0.5, np.zeros(targets.shape, bool)
+    for j in range(targets.shape[1]):
+        judged = np.flatnonzero(known[:, j])
+        if 0 < present[judged, j].sum() < len(judged):
+            labels = [[0] if y else [] for y in present[judged, j]]
+            probs = oof.probs[judged][:, [j]]
+            issues[judged, j] = np.ravel(find_multilabel_issues_per_class(labels, probs, n_jobs=1))
+    softmin = {"method": functools.partial(_masked_softmin, known=known)}
+    labels = [np.flatnonzero(row).tolist() for row in present]
+    photo_quality = get_label_quality_scores(labels, oof.probs, aggregator_kwargs=softmin)
+    i, j = np.nonzero(issues)
+    prob, answers = oof.probs[i, j], np.array(["absent", "present"])
+    table = pd.DataFrame({"image_path": np.asarray(images)[i], "label": np.array(label_columns)[j]})
+    is_given = present[i, j]
+    table["given"], table["predicted"] = answers[is_given * 1], answers[~is_given * 1]
+    table["prob"], table["quality"] = prob, np.where(is_given, prob, 1 - prob)
+    table = table.assign(photo_quality=photo_quality[i]).sort_values("quality", ignore_index=True)
+    table.insert(0, "rank", table.index + 1)
+    return table
+
+
+def find_wrong_classes(
+    targets: np.ndarray, oof: OutOfFold, classes: Sequence[str], images: Sequence[Any]
+) -> pd.DataFrame:
+    """Do the same for images with one class each; arguments and errors as `find_wrong_labels`.
+
+    Returns:
+        rank, image_path, given, predicted, prob (of predicted), quality (of given).
+    """
+    from cleanlab.filter import find_label_issues
+
+    _check_out_of_fold(oof, len(targets))
+    _check_unique(images, "images")
+    if not (np.nan_to_num(targets).sum(1) == 1).all():
+        raise ValueError("some images have not exactly one class; use find_wrong_labels.")
+    given, shares = np.nanargmax(targets, axis=1), oof.probs / oof.probs.sum(1, keepdims=True)
+    ranked_by = "self_confidence"
+    found = find_label_issues(given, shares, return_indices_ranked_by=ranked_by, n_jobs=1)
+    table = pd.DataFrame({"rank": np.arange(1, len(found) + 1)})
+    table["image_path"] = np.asarray(images)[found]
+    table["given"] = np.array(classes)[given[found]]
+    table["predicted"] = np.array(classes)[shares[found].argmax(1)]
+    return table.assign(prob=shares[found].max(1), quality=shares[found, given[found]])
+
+
+DECISIONS = {"present": 1.0, "absent": 0.0, "unsure": np.nan}
+
+
+def append_decision(path: str | os.PathLike, image: str, label: str, decision: str) -> None:
+    """Append "present", "absent" or "unsure" about a cell to a review CSV, safe on the disk."""
+    _check_choice("decision", decision, DECISIONS)
+    path = Path(path)
+    is_torn = path.is_file() and path.read_bytes()[-1:] not in (b"\n", b"")
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        file.write("\n" if is_torn else "")  # leaves what a crash cut off on a line of its own
+        csv.writer(file, lineterminator="\n").writerow([image, label, decision])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def apply_decisions(
+    path: str | os.PathLike, part: pd.DataFrame, label_columns: Sequence[str]
+) -> pd.DataFrame:
+    """Return `part` with the decisions of a review CSV; of a cell, the last one counts.
+
+    "unsure" makes a cell unknown. A line that was cut off is named in a warning and skipped.
+
+    Raises:
+        ValueError: a label or an image that `part` lacks; an image that it holds twice.
+    """
+    _check_unique(part["image_path"], "the partition")
+    part, row_of = part.copy(), {image: row for row, image in part["image_path"].items()}
+    with open(path, newline="", encoding="utf-8") as file:
+        for number, line in enumerate(csv.reader(file), start=1):
+            where = f"{path}, line {number}"
+            if len(line) != 3 or line[2] not in DECISIONS:
+                warnings.warn(f"{where}: cut off, {line} is skipped; decide again.", stacklevel=2)
+                continue
+            image, label, decision = line
+            if label not in label_columns:
+                expected = _some(label_columns, 99)
+                raise ValueError(f"{where}: no label {label!r}; expected {expected}.")
+            if image not in row_of:
+                raise ValueError(f"{where}: {image} is not in the partition; remove the line.")
+            part.loc[row_of[image], label] = DECISIONS[decision]
+    return part
+
+
+def rank_for_labelling(probs: np.ndarray, distance: np.ndarray, n: int) -> pd.DataFrame:
+    """Rank unlabelled photos by entropy × distance to the nearest labelled or chosen one.
+
+    Args:
+        probs: (N, L).
+        distance: (N, M + N) to the M labelled photos, then to the N candidates themselves.
+    """
+    p = probs.clip(1e-7, 1 - 1e-7)
+    entropy = -(p * np.log2(p) + (1 - p) * np.log2(1 - p)).mean(1)
+    n_labelled = distance.shape[1] - len(probs)
+    nearest = distance[:, :n_labelled].min(1) if n_labelled else np.ones(len(probs))
+    free, lines = np.ones(len(probs), bool), []
+    for _ in range(min(n, len(probs))):
+        best = np.where(free, entropy * nearest, -1).argmax()
+        lines.append((best, entropy[best], nearest[best]))
+        free[best] = False
+        nearest = np.minimum(nearest, distance[:, n_labelled + best])
+    return pd.DataFrame(lines, columns=["candidate", "entropy", "distance"])
 
 
 # ---------------------------------------------------------------- heads
@@ -1843,7 +2335,8 @@ class Trainer:
             self.best = score
         self.history.append(row)
         self._save_last()
-        bar.set_postfix(epoch=self.epoch, loss=f"{train_loss:.3f}", mAP=f"{score:.3f}")
+        shown = {"epoch": self.epoch, "loss": f"{train_loss:.3f}", "mAP": f"{score:.3f}"}
+        bar.set_postfix(shown, refresh=False)  # short trainings need no bar
 
     def _val_loss(self, probs: np.ndarray) -> float:
         logits = torch.from_numpy(probs).double().logit(eps=1e-7).float()
@@ -1908,7 +2401,7 @@ class Trainer:
             _write_json(temporary / "trainer.json", {**state, "history": self.history})
             _remove_resume_point(last)
             os.replace(temporary, last)
-            with _replacing(self.run_dir / "history.csv") as path:
+            with replacing(self.run_dir / "history.csv") as path:
                 pd.DataFrame(self.history).to_csv(path, index=False)
         self.accelerator.wait_for_everyone()
 

@@ -1,0 +1,339 @@
+"""Out-of-fold probabilities, wrong labels, their review, filling, queueing."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+import data_utils as du
+
+ROOT = Path(__file__).resolve().parents[1]
+NAN = float("nan")
+LABELS = ["a", "b", "c"]
+
+
+def fold_by_fold(probs, groups=None):
+    """Return the given probabilities as out of fold, row by row or group by group."""
+    probs = np.asarray(probs, float)
+    groups = np.arange(len(probs)) if groups is None else np.asarray(groups)
+    return du.OutOfFold(probs, pd.factorize(groups)[0], groups)
+
+
+# ---------------------------------------------------------------- out of fold
+
+
+def test_no_group_is_trained_on_and_predicted_at_once():
+    groups = np.repeat(list("uvwxyz"), [1, 5, 2, 3, 4, 1])
+    seen = []
+
+    def fit_predict(train, held_out):
+        assert not set(groups[train]) & set(groups[held_out])
+        assert sorted([*train, *held_out]) == list(range(16))
+        seen.extend(held_out)
+        return held_out[:, None] / 16
+
+    oof = du.out_of_fold(fit_predict, groups, n_folds=3, seed=1)
+    assert sorted(seen) == list(range(16))
+    assert oof.probs[:, 0].tolist() == [i / 16 for i in range(16)]
+    assert pd.Series(oof.folds).groupby(groups).nunique().max() == 1
+    assert len(set(oof.folds)) == 3
+
+
+def test_as_many_folds_as_groups_leave_one_group_out():
+    groups = ["x", "y", "x", "z"]
+    oof = du.out_of_fold(lambda train, held_out: np.full((len(held_out), 1), len(train)), groups, 3)
+    assert oof.probs[:, 0].tolist() == [2, 3, 2, 3]
+    with pytest.raises(ValueError, match="3 groups are too few for 4 folds"):
+        du.out_of_fold(lambda *_: None, groups, 4)
+
+
+@pytest.mark.parametrize(
+    ("probs", "folds", "groups", "message"),
+    [
+        ([[0.5]] * 3, [0, 1, 1], ["g", "g", "h"], "not out of fold: g stand in several folds"),
+        ([[0.5], [NAN]], [0, 1], ["g", "h"], "a row was left out by no fold"),
+        ([[0.5]] * 2, [0, 0], ["g", "h"], "a row was left out by no fold"),
+        ([[0.5]] * 2, [0, 1, 2], ["g", "h"], "different lengths"),
+    ],
+)
+def test_probabilities_that_are_not_out_of_fold_are_refused(probs, folds, groups, message):
+    with pytest.raises(ValueError, match=message):
+        du.OutOfFold(np.array(probs), np.array(folds), np.array(groups))
+
+
+@pytest.mark.parametrize("find", [du.find_wrong_labels, du.find_wrong_classes])
+def test_finders_take_nothing_but_out_of_fold(find):
+    with pytest.raises(TypeError, match="ndarray: expected what out_of_fold returns"):
+        find(np.eye(3), np.full((3, 3), 0.5), LABELS, list("xyz"))
+    with pytest.raises(ValueError, match="3 out-of-fold rows for 2 images"):
+        find(np.eye(3)[:2], fold_by_fold(np.eye(3)), LABELS, list("xy"))
+    with pytest.raises(ValueError, match="images: 1 images occur twice: x; keep one row"):
+        find(np.eye(3), fold_by_fold(np.eye(3)), LABELS, list("xyx"))
+
+
+# ---------------------------------------------------------------- features without labels
+
+
+def test_patch_features_tell_kinds_of_pictures_apart_and_repeat(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = rng.integers(0, 60, (64, 64, 3), dtype=np.uint8)
+        if i % 2:
+            pixels[:, ::4] += 150  # stripes, on every second one
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    paths = du.list_images(tmp_path)
+    features = du.patch_features(paths, n_components=8, n_filters=32)
+    assert features.shape == (40, 8)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
+    assert features[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert torch.equal(features, du.patch_features(paths, n_components=8, n_filters=32))
+    striped = np.arange(40) % 2
+    model = LogisticRegression().fit(features[:20], striped[:20])
+    assert model.score(features[20:], striped[20:]) == 1
+    assert du.patch_features(paths[:5], n_filters=32).shape == (5, 5)
+
+
+# ---------------------------------------------------------------- wrong labels
+
+
+def planted(n=200, seed=0):
+    """Return targets with 10 flipped cells of label a, and good probabilities."""
+    rng = np.random.default_rng(seed)
+    clean = (rng.random((n, 3)) < 0.5).astype(float)
+    probs = np.clip(0.8 * clean + 0.1 + rng.normal(0, 0.03, clean.shape), 0.01, 0.99)
+    given = clean.copy()
+    given[:10, 0] = 1 - clean[:10, 0]
+    return clean, given, probs
+
+
+def test_planted_flips_are_found_with_the_reason():
+    clean, given, probs = planted()
+    names = [f"{i}.jpg" for i in range(len(given))]
+    table = du.find_wrong_labels(given, fold_by_fold(probs), LABELS, names)
+    assert set(table["image_path"]) == set(names[:10])
+    assert (table["label"] == "a").all()
+    assert table["rank"].tolist() == list(range(1, 11))
+    assert table["quality"].is_monotonic_increasing
+    for _, line in table.iterrows():
+        i = names.index(line["image_path"])
+        assert line["given"] == ("present" if given[i, 0] else "absent")
+        assert line["predicted"] == ("present" if clean[i, 0] else "absent")
+        assert line["prob"] == probs[i, 0]
+        assert line["quality"] == pytest.approx(probs[i, 0] if given[i, 0] else 1 - probs[i, 0])
+
+
+def test_unknown_cells_are_neither_suspected_nor_counted():
+    _, given, probs = planted()
+    given[:5, 0] = NAN  # five of the flips are unknown
+    given[:, 2] = NAN  # nobody judged c
+    names = [f"{i}.jpg" for i in range(len(given))]
+    table = du.find_wrong_labels(given, fold_by_fold(probs), LABELS, names)
+    assert set(table["image_path"]) == set(names[5:10])
+    assert set(table["label"]) == {"a"}
+
+
+def test_photo_quality_is_the_softmin_over_known_labels_by_hand():
+    scores, known = np.array([[0.9, 0.2, 0.5]] * 2), np.array([[True] * 3, [True, False, True]])
+    e = [math.exp((1 - s) / 0.1) for s in (0.9, 0.2, 0.5)]
+    first = (0.9 * e[0] + 0.2 * e[1] + 0.5 * e[2]) / sum(e)
+    second = (0.9 * e[0] + 0.5 * e[2]) / (e[0] + e[2])  # as absent it would be 0.2 and less
+    assert du._masked_softmin(scores, known).tolist() == pytest.approx([first, second])
+    assert du._masked_softmin(scores, ~known & known).tolist() == [1, 1]
+    probs = np.array([[0.9, 0.8, 0.5], [0.1, 0.3, 0.4]] * 20)
+    given = np.array([[1, 0, NAN], [0, 1, 0]] * 20)
+    table = du.find_wrong_labels(given, fold_by_fold(probs), LABELS, np.arange(40))
+    of_first = table.loc[table["image_path"] == 0, "photo_quality"]
+    expected = (0.9 * math.exp(1) + 0.2 * math.exp(8)) / (math.exp(1) + math.exp(8))
+    assert of_first.tolist() == pytest.approx([expected])
+
+
+def test_label_that_is_always_the_same_is_not_suspected():
+    probs = np.full((20, 3), 0.9)
+    given = np.column_stack([np.ones(20), np.zeros(20), np.full(20, NAN)])
+    assert du.find_wrong_labels(given, fold_by_fold(probs), LABELS, np.arange(20)).empty
+
+
+def test_wrong_classes_are_found_among_exclusive_ones():
+    rng = np.random.default_rng(0)
+    clean = rng.integers(0, 3, 150)
+    probs = 0.05 + 0.85 * np.eye(3)[clean]
+    given = clean.copy()
+    given[:6] = (clean[:6] + 1) % 3
+    names = [f"{i}.jpg" for i in range(150)]
+    table = du.find_wrong_classes(np.eye(3)[given], fold_by_fold(probs), LABELS, names)
+    assert set(table["image_path"]) == set(names[:6])
+    line = table[table["image_path"] == "0.jpg"].iloc[0]
+    assert (line["given"], line["predicted"]) == (LABELS[given[0]], LABELS[clean[0]])
+    assert (line["prob"], line["quality"]) == pytest.approx((0.9, 0.05))
+    with pytest.raises(ValueError, match="not exactly one class; use find_wrong_labels"):
+        du.find_wrong_classes(np.ones((150, 3)), fold_by_fold(probs), LABELS, names)
+
+
+# ---------------------------------------------------------------- the review
+
+
+@pytest.fixture
+def part():
+    return pd.DataFrame(
+        {"image_path": ["x.jpg", "y.jpg"], "group_id": "g", "a": [1.0, 0], "b": NAN}
+    )
+
+
+def test_decisions_are_replayed_and_the_last_one_counts(tmp_path, part):
+    path = tmp_path / "review.csv"
+    for image, label, decision in [
+        ("x.jpg", "a", "absent"),
+        ("y.jpg", "b", "present"),
+        ("y.jpg", "a", "unsure"),
+        ("x.jpg", "a", "present"),
+        ("x.jpg", "a", "absent"),
+    ]:
+        du.append_decision(path, image, label, decision)
+    found = du.apply_decisions(path, part, ["a", "b"])
+    assert np.array_equal(found[["a", "b"]], [[0, NAN], [NAN, 1]], equal_nan=True)
+    assert part["a"].tolist() == [1, 0]  # the original stays
+
+
+def test_names_with_commas_quotes_and_line_breaks_survive(tmp_path):
+    names = ['a, "b".jpg', "c\nd.jpg", "ä.jpg"]
+    for name in names:
+        du.append_decision(tmp_path / "review.csv", name, "a", "present")
+    table = pd.DataFrame({"image_path": names, "a": NAN})
+    assert du.apply_decisions(tmp_path / "review.csv", table, ["a"])["a"].tolist() == [1, 1, 1]
+
+
+def test_line_that_was_cut_off_is_named_and_the_others_stay(tmp_path, part):
+    path = tmp_path / "review.csv"
+    du.append_decision(path, "x.jpg", "a", "absent")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("y.jpg,a,pre")
+    with pytest.warns(UserWarning, match=r"review.csv, line 2: cut off, .*decide again"):
+        assert du.apply_decisions(path, part, ["a", "b"])["a"].tolist() == [0, 0]
+    du.append_decision(path, "y.jpg", "a", "present")  # goes on a line of its own
+    with pytest.warns(UserWarning, match="line 2"):
+        assert du.apply_decisions(path, part, ["a", "b"])["a"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("x.jpg,moose,present", "line 1: no label 'moose'; expected a, b"),
+        ("z.jpg,a,present", "line 1: z.jpg is not in the partition"),
+    ],
+)
+def test_decision_about_something_unknown_is_refused(tmp_path, part, line, message):
+    (tmp_path / "review.csv").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        du.apply_decisions(tmp_path / "review.csv", part, ["a", "b"])
+
+
+def test_decision_must_be_one_of_three_and_an_image_stand_once(tmp_path, part):
+    with pytest.raises(ValueError, match="decision='maybe': expected 'present' or 'absent'"):
+        du.append_decision(tmp_path / "review.csv", "x.jpg", "a", "maybe")
+    assert not (tmp_path / "review.csv").exists()
+    twice = pd.concat([part, part.head(1)], ignore_index=True)
+    du.append_decision(tmp_path / "review.csv", "x.jpg", "a", "absent")
+    with pytest.raises(ValueError, match="the partition: 1 images occur twice: x.jpg"):
+        du.apply_decisions(tmp_path / "review.csv", twice, ["a", "b"])
+
+
+def test_killed_reviewer_loses_no_decision_already_made(tmp_path):
+    path = tmp_path / "review.csv"
+    code = (
+        "import sys, itertools; from data_utils import append_decision\n"
+        "for i in itertools.count():\n"
+        "    append_decision(sys.argv[1], f'{i}.jpg', 'a', 'present')\n"
+        "    print(i, flush=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    while int(process.stdout.readline()) < 20:
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    last = max([20, *(int(line) for line in process.stdout.read().split())])
+    table = pd.DataFrame({"image_path": [f"{i}.jpg" for i in range(last + 2)], "a": NAN})
+    assert du.apply_decisions(path, table, ["a"])["a"].notna().sum() >= last + 1
+
+
+# ---------------------------------------------------------------- what to label next
+
+
+def test_queue_is_entropy_times_distance_and_avoids_the_same_twice():
+    probs = np.array([[0.5], [0.5], [0.9], [0.5]])
+    place = np.array([10.0, 10.1, 20.0, 0.1])  # candidates on a line; one labelled photo at 0
+    distance = np.abs(place[:, None] - np.concatenate([[0], place]))
+    queue = du.rank_for_labelling(probs, distance, 3)
+    entropy = -(0.9 * math.log2(0.9) + 0.1 * math.log2(0.1))  # 0.469
+    # 1 × 10.1 before 1 × 10 and 0.469 × 20; then 0.469 × 9.9 before 1 × 0.1 (twin) and 1 × 0.1
+    assert queue["candidate"].tolist()[:2] == [1, 2]
+    assert queue["entropy"].tolist()[:2] == pytest.approx([1, entropy])
+    assert queue["distance"].tolist() == pytest.approx([10.1, 9.9, 0.1])
+    assert len(du.rank_for_labelling(probs, distance, 99)) == 4
+
+
+def test_queue_without_any_labelled_photo_starts_with_the_most_uncertain():
+    probs = np.array([[0.99, 0.5], [0.5, 0.5], [0.5, 0.9]])
+    queue = du.rank_for_labelling(probs, np.ones((3, 3)) - np.eye(3), 3)
+    assert queue["candidate"].tolist() == [1, 2, 0]
+
+
+# ---------------------------------------------------------------- the notebook's own functions
+
+
+@pytest.fixture
+def functions(notebook_functions):
+    return notebook_functions("relabeling")
+
+
+def test_confidence_is_the_lowest_that_reaches_the_precision_on_validation(functions):
+    probs = np.array([0.95, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05])[:, None]
+    targets = np.array([1, 1, 1, 1, 0, 1, 0, 0, 0, 0], float)[:, None]
+    present, absent = functions.choose_confidence(probs, targets, ["a"], 1.0)
+    # the first four are all present: between 0.7 and 0.6; the last four absent: 0.4 and 0.3
+    assert (present[0], absent[0]) == pytest.approx((0.65, 0.35))
+    hopeless = functions.choose_confidence(1 - probs, targets, ["a"], 1.0)
+    assert (hopeless[0][0], hopeless[1][0]) == (math.inf, -math.inf)
+
+
+def test_sure_unknown_cells_become_soft_targets_up_to_the_cap(functions):
+    given = np.array([[NAN], [NAN], [NAN], [NAN], [0], [NAN]])
+    probs = fold_by_fold([[0.9], [0.99], [0.5], [0.02], [0.99], [0.2]])
+    filled = functions.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 1.0)
+    expected = [[0.9], [0.99], [NAN], [0.02], [0], [NAN]]
+    assert np.array_equal(filled, expected, equal_nan=True)
+    # of 5 unknown cells at most 2, the surest: 0.99 (0.49 from 0.5) and 0.02 (0.48)
+    capped = functions.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 0.4)
+    expected = [[NAN], [0.99], [NAN], [0.02], [0], [NAN]]
+    assert np.array_equal(capped, expected, equal_nan=True)
+    with pytest.raises(TypeError, match="takes the result of out_of_fold"):
+        functions.fill_cells(given, probs.probs, np.array([0.8]), np.array([0.1]), 1.0)
+
+
+def test_button_saves_its_decision_at_once_and_goes_on_after_a_restart(functions, tmp_path):
+    pytest.importorskip("ipywidgets")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    suspects = pd.DataFrame(
+        {"image_path": str(tmp_path / "x.png"), "label": LABELS, "given": "absent"}
+    )
+    path = tmp_path / "review.csv"
+    functions.display = lambda _: None
+    buttons = functions.review_with_buttons(path, suspects).children[0].children
+    buttons[0].click()
+    assert path.read_text().splitlines() == [f"{tmp_path / 'x.png'},a,present"]
+    buttons = functions.review_with_buttons(path, suspects).children[0].children
+    for button in (buttons[1], buttons[2], buttons[0]):  # nothing is left for the last
+        button.click()
+    decisions = [line.split(",")[1:] for line in path.read_text().splitlines()]
+    assert decisions == [["a", "present"], ["b", "absent"], ["c", "unsure"]]
