@@ -8,11 +8,13 @@ A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (s
 """
 
 import contextlib
+import copy
 import csv
 import difflib
 import functools
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
@@ -76,6 +78,7 @@ __all__ = [
     "compare_scores",
     "extract_features",
     "fast_precision",
+    "feature_layout",
     "find_near_duplicates",
     "find_optimal_thresholds",
     "find_wrong_classes",
@@ -97,6 +100,7 @@ __all__ = [
     "rank_for_labelling",
     "read_class_folders",
     "read_csv_labels",
+    "read_decisions",
     "read_labelbox",
     "read_labelbox_import",
     "read_partition",
@@ -397,7 +401,8 @@ def annotator_agreement(
         give Fleiss' (Psychological Bulletin 76, 1971; images may differ in their annotators).
         No image judged twice, or all judgements alike, gives NaN.
     """
-    annotator = answers["annotator"].fillna(answers["label_id"])
+    record = answers.groupby("image")["label_id"].transform(lambda ids: pd.factorize(ids)[0])
+    annotator = answers["annotator"].fillna("annotator " + record.astype(str))
     pairs = pd.MultiIndex.from_arrays([answers["image"], annotator])
     code, pairs = pairs.factorize()
     each = to_targets(answers.assign(image=code), positive_max, unanswered).set_index("image")
@@ -654,7 +659,8 @@ def _read_questions(path: str | os.PathLike) -> tuple[dict[str, set], dict[str, 
         key = next((k for k in ("global_key", "id") if row["data_row"].get(k)), None)
         if not key:
             raise ValueError(f"{where}: data_row has no 'id' or 'global_key'; export it again.")
-        for name in {row["data_row"]["external_id"], row["data_row"].get("global_key")} - {None}:
+        names = [row["data_row"]["external_id"], row["data_row"].get("global_key")]
+        for name in dict.fromkeys(name for name in names if name):
             found = "globalKey" if key == "global_key" else "id", row["data_row"][key]
             rows.setdefault(name, set()).add(found)
         for label in (label for p in row["projects"].values() for label in p.get("labels") or []):
@@ -1311,6 +1317,8 @@ def patch_features(
     Returns:
         (N, D), each column with mean 0, the first with variance 1.
     """
+    if len(paths) < 2:
+        raise ValueError(f"{len(paths)} images: patch_features compares images, give two or more.")
     side, rng = 6, np.random.default_rng(seed)
     squeeze = v2.Compose([v2.Resize((size, size)), v2.PILToTensor(), v2.ToDtype(torch.float, True)])
     images = torch.stack([squeeze(open_image(path, (size, size))) for path in paths])
@@ -1329,7 +1337,7 @@ def patch_features(
         pooled.append(F.adaptive_avg_pool2d(maps, 4).flatten(1))
     pca = PCA(min(n_components, len(images)), svd_solver="randomized", random_state=seed)
     features = pca.fit_transform(StandardScaler().fit_transform(torch.cat(pooled).numpy()))
-    return torch.from_numpy(features / features[:, 0].std()).float()
+    return torch.from_numpy(features / max(features[:, 0].std(), 1e-6)).float()
 
 
 @dataclass(frozen=True)
@@ -1376,7 +1384,10 @@ def out_of_fold(
     probs, folds = None, np.full(len(groups), -1)
     splitter = GroupKFold(n_folds, shuffle=True, random_state=seed)
     for fold, (train, held_out) in enumerate(splitter.split(groups, groups=groups)):
-        found = fit_predict(train, held_out)
+        found = np.asarray(fit_predict(train, held_out))
+        if found.ndim != 2 or len(found) != len(held_out) or np.isnan(found).any():
+            expected = f"({len(held_out)}, labels) numbers, not {found.shape} or NaN"
+            raise ValueError(f"fit_predict returned something else than {expected}.")
         probs = np.full((len(groups), found.shape[1]), np.nan) if probs is None else probs
         probs[held_out], folds[held_out] = found, fold
     return OutOfFold(probs, folds, groups)
@@ -1444,7 +1455,10 @@ def find_wrong_labels(
             issues[judged, j] = np.ravel(find_multilabel_issues_per_class(labels, probs, n_jobs=1))
     softmin = {"method": functools.partial(_masked_softmin, known=known)}
     labels = [np.flatnonzero(row).tolist() for row in present]
-    photo_quality = get_label_quality_scores(labels, oof.probs, aggregator_kwargs=softmin)
+    if present.any() and targets.shape[1] > 1:
+        photo_quality = get_label_quality_scores(labels, oof.probs, aggregator_kwargs=softmin)
+    else:  # cleanlab wants several labels, one of them present; the formula does not
+        photo_quality = _masked_softmin(np.where(present, oof.probs, 1 - oof.probs), known)
     i, j = np.nonzero(issues)
     prob, answers = oof.probs[i, j], np.array(["absent", "present"])
     table = pd.DataFrame({"image_path": np.asarray(images)[i], "label": np.array(label_columns)[j]})
@@ -1486,13 +1500,34 @@ DECISIONS = {"present": 1.0, "absent": 0.0, "unsure": np.nan}
 def append_decision(path: str | os.PathLike, image: str, label: str, decision: str) -> None:
     """Append "present", "absent" or "unsure" about a cell to a review CSV, safe on the disk."""
     _check_choice("decision", decision, DECISIONS)
-    path = Path(path)
-    is_torn = path.is_file() and path.read_bytes()[-1:] not in (b"\n", b"")
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        file.write("\n" if is_torn else "")  # leaves what a crash cut off on a line of its own
-        csv.writer(file, lineterminator="\n").writerow([image, label, decision])
+    if "\n" in f"{image}{label}" or "\r" in f"{image}{label}":
+        raise ValueError(f"{image!r}, {label!r}: a name with a line break cannot be reviewed.")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        is_empty = file.tell() == 0
+        file.seek(-1 + is_empty, os.SEEK_END)
+        is_torn = file.read() not in (b"\n", b"")  # what a crash cut off stays on its own line
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow([image, label, decision])
+        file.write(("\n" * is_torn + line.getvalue()).encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_decisions(path: str | os.PathLike) -> pd.DataFrame:
+    """Read a review CSV: image_path, label, decision, line; a line that was cut off is named in a
+    warning and left out. No file is no decision.
+    """
+    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        cells = next(csv.reader([line]), [])
+        if len(cells) == 3 and cells[2] in DECISIONS:
+            rows.append([*cells, number])
+        elif line:
+            problem = f"{path}, line {number}: cut off, {line!r} is skipped; decide again."
+            warnings.warn(problem, stacklevel=2)
+    return pd.DataFrame(rows, columns=["image_path", "label", "decision", "line"])
 
 
 def apply_decisions(
@@ -1500,27 +1535,23 @@ def apply_decisions(
 ) -> pd.DataFrame:
     """Return `part` with the decisions of a review CSV; of a cell, the last one counts.
 
-    "unsure" makes a cell unknown. A line that was cut off is named in a warning and skipped.
+    "unsure" makes a cell unknown. Lines that were cut off are skipped, see `read_decisions`.
 
     Raises:
         ValueError: a label or an image that `part` lacks; an image that it holds twice.
     """
     _check_unique(part["image_path"], "the partition")
-    part, row_of = part.copy(), {image: row for row, image in part["image_path"].items()}
-    with open(path, newline="", encoding="utf-8") as file:
-        for number, line in enumerate(csv.reader(file), start=1):
-            where = f"{path}, line {number}"
-            if len(line) != 3 or line[2] not in DECISIONS:
-                warnings.warn(f"{where}: cut off, {line} is skipped; decide again.", stacklevel=2)
-                continue
-            image, label, decision = line
-            if label not in label_columns:
-                expected = _some(label_columns, 99)
-                raise ValueError(f"{where}: no label {label!r}; expected {expected}.")
-            if image not in row_of:
-                raise ValueError(f"{where}: {image} is not in the partition; remove the line.")
-            part.loc[row_of[image], label] = DECISIONS[decision]
-    return part
+    row_of = {image: row for row, image in enumerate(part["image_path"])}
+    values = part[list(label_columns)].to_numpy(float, copy=True)
+    for image, label, decision, number in read_decisions(path).itertuples(index=False):
+        if label not in label_columns:
+            expected = _some(label_columns, 99)
+            raise ValueError(f"{path}, line {number}: no label {label!r}; expected {expected}.")
+        if image not in row_of:
+            problem = f"{image} is not in the partition; remove the line"
+            raise ValueError(f"{path}, line {number}: {problem}.")
+        values[row_of[image], list(label_columns).index(label)] = DECISIONS[decision]
+    return part.assign(**dict(zip(label_columns, values.T)))
 
 
 def rank_for_labelling(probs: np.ndarray, distance: np.ndarray, n: int) -> pd.DataFrame:
@@ -1770,12 +1801,36 @@ class _HeadedModel(nn.Module):
         return self.head
 
 
-def _feature_layout(backbone: nn.Module, features: torch.Tensor) -> dict[str, Any]:
-    """Return how a head reads these features: num_features, input_fmt, num_prefix_tokens."""
+def feature_layout(
+    backbone: nn.Module, features: torch.Tensor, size: Sequence[int]
+) -> dict[str, Any]:
+    """Return how a head reads unpooled features: num_features, input_fmt, num_prefix_tokens.
+
+    Args:
+        features: (B, C, H, W), (B, H, W, C) or (B, N, C).
+        size: height and width of the images.
+
+    Raises:
+        ValueError: pooled features, a single position, or tokens that form no grid.
+    """
     is_last = features.ndim != 4 or str(getattr(backbone, "output_fmt", "NCHW")) == "NHWC"
-    layout = {"num_features": features.shape[-1 if is_last else 1]}
+    layout = {"num_features": features.shape[-1 if is_last else 1], "num_prefix_tokens": 0}
     layout |= {"input_fmt": "NHWC" if is_last else "NCHW"}
-    return layout | {"num_prefix_tokens": getattr(backbone, "num_prefix_tokens", 0)}
+    if features.ndim == 3:
+        own = getattr(backbone, "num_prefix_tokens", 0)
+        fits = (n for n in (own, 0, 1, 2) if np.prod(_grid(features.shape[1] - n, size)) > 0)
+        layout["num_prefix_tokens"] = next(fits, own)
+    n_positions = _SpatialHead(**layout).tokens(features).shape[1]  # refuses pooled features
+    if n_positions < 2 or features.ndim == 3 and not np.prod(_grid(n_positions, size)):
+        raise ValueError(f"features {tuple(features.shape)} form no map of two or more positions")
+    return layout
+
+
+def _grid(n_positions: int, size: Sequence[int]) -> tuple[int, int]:
+    """Return height and width of a grid of square patches; (0, 0) if there is none."""
+    height = round((n_positions * size[0] / size[1]) ** 0.5) if n_positions > 0 else 0
+    fits = height and height * round(height * size[1] / size[0]) == n_positions
+    return (height, n_positions // height) if fits else (0, 0)
 
 
 def _replace_head(
@@ -1784,15 +1839,13 @@ def _replace_head(
     """Return the backbone of a timm model with another head on its feature map."""
     try:
         model.reset_classifier(0, "")  # timm's way to leave the features unpooled
-        with torch.inference_mode():
-            features = model.eval()(torch.zeros(1, *size))
-        layout = _feature_layout(model, features)
-        _SpatialHead(**layout).tokens(features)  # refuses pooled features
+        probe = copy.deepcopy(model).to("meta").eval()  # shapes alone: costs no computation
+        features = probe(torch.zeros(1, *size, device="meta"))
+        layout = feature_layout(model, features, size[1:])
     except Exception as error:  # whatever a model does that cannot go without its pooling
         problem = f"{type(model).__name__} gives no feature map for head={head!r}"
         raise ValueError(f"{problem} ({type(error).__name__}: {error}).") from None
-    made = HEADS[head](num_labels=num_labels, **layout, **head_kwargs)
-    return _HeadedModel(model.train(), made)
+    return _HeadedModel(model, HEADS[head](num_labels=num_labels, **layout, **head_kwargs))
 
 
 def build_model(
@@ -1828,6 +1881,9 @@ def build_model(
         raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
     size = timm.layers.to_2tuple(img_size) if img_size else None
     head_kwargs = {key: kwargs.pop(key) for key in _head_options(head) & kwargs.keys()}
+    foreign = kwargs.keys() & {option for other in HEADS for option in _head_options(other)}
+    if foreign:
+        raise ValueError(f"the {head} head has no option {_some(sorted(foreign))}.")
     model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
     if pretrained:
         _load_pretrained(model, name, pretrained, num_labels)
@@ -1990,7 +2046,8 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
     arXiv 1512.04150): the logit that each position would have alone.
     """
     features, head = model.forward_features(images), model.get_classifier()
-    layout = _feature_layout(getattr(model, "backbone", model), features)
+    backbone = model.backbone if isinstance(model, _HeadedModel) else model
+    layout = feature_layout(backbone, features, images.shape[2:])
     is_last = layout["input_fmt"] == "NHWC"
     if isinstance(head, _SpatialHead):
         maps = head.attention(features)[:, label]  # (B, N)
@@ -2003,8 +2060,7 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
         maps = model.forward_head(alone)[:, label].view(tokens.shape[:2])
     grid = features.shape[1:3] if is_last else features.shape[2:]
     if features.ndim == 3:
-        height = round((maps.shape[1] * images.shape[2] / images.shape[3]) ** 0.5)
-        grid = height, maps.shape[1] // height
+        grid = _grid(maps.shape[1], images.shape[2:])
     return maps.view(len(maps), *grid).float()
 
 
@@ -2141,7 +2197,8 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Return timm's parameter groups, those of the head apart: its learning rate is its own."""
     head = getattr(model, "get_classifier", nn.Identity)()
     head = nn.ModuleList(head) if isinstance(head, tuple) else head  # distilled models have two
-    backbone, decay = getattr(model, "backbone", model), config.weight_decay
+    backbone = model.backbone if isinstance(model, _HeadedModel) else model
+    decay = config.weight_decay
     exempt = {"no_weight_decay_list": getattr(backbone, "no_weight_decay", set)()}
     if config.layer_decay is None:
         groups = param_groups_weight_decay(backbone, decay, **exempt)
@@ -2280,6 +2337,8 @@ class Trainer:
         accelerator = self.accelerator
         processes = accelerator.num_processes, accelerator.process_index
         loader = prepare_data_loader(loader, accelerator.device, *processes, put_on_device=True)
+        if not len(dataset):
+            return np.empty((0, len(dataset.label_columns)), np.float32)
         logits = []
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
@@ -2560,6 +2619,8 @@ def compare_scores(
         A line a label and one for mAP: baseline, AP, difference, low, high (95 %). The bootstrap
         is paired: both models see the same samples, so what is common to them cancels.
     """
+    if "mAP" in label_columns:
+        raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
     options = 0.5, groups, n_bootstrap, seed
     new, old = (_replicates(targets, p, *options) for p in (probs, baseline))
     new, old = (np.column_stack([scores["AP"], scores["mAP"]]) for scores in (new, old))
@@ -2946,6 +3007,8 @@ def _check_description(content: dict) -> None:
     needed |= {"panorama_thresholds": list, "mean": list, "std": list, "interpolation": str}
     needed |= {"head_kwargs": dict}
     for key, kind in needed.items():
+        if key not in content:
+            raise ValueError(f"{key} is missing.")
         if not isinstance(content[key], kind):
             raise ValueError(f"{key} should be a {kind.__name__}.")
     if Path(content["weights"]).name != content["weights"] or "\\" in content["weights"]:
@@ -2956,7 +3019,12 @@ def _check_description(content: dict) -> None:
     unknown = content["head_kwargs"].keys() - _head_options(content["head"])
     if unknown:
         raise ValueError(f"the {content['head']} head has no option {_some(sorted(unknown))}.")
+    sizes = [v for k, v in content["head_kwargs"].items() if k not in ("lam", "dropout")]
+    if not all(v is None or type(v) is int and 0 < v <= 16_384 for v in sizes):
+        raise ValueError("head_kwargs should be whole numbers from 1 to 16384.")
     labels = content["labels"]
+    if len(labels) != content["num_labels"]:
+        raise ValueError(f"{len(labels)} labels, but num_labels is {content['num_labels']}.")
     if len(set(labels)) < len(labels) or not all(isinstance(label, str) for label in labels):
         raise ValueError("labels should be different texts.")
     for key in ("thresholds", "panorama_thresholds", "mean", "std"):

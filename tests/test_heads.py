@@ -406,6 +406,31 @@ def test_one_batch_can_be_learnt_by_heart(head):
     assert losses[-1] < 0.02
 
 
+def test_model_of_a_users_own_trains_all_its_parameters(tmp_path):
+    model = nn.Module()
+    model.backbone, model.head = nn.Linear(4, 4), nn.Linear(4, 2)
+    groups = du._parameter_groups(model, du.TrainConfig())
+    found = [id(p) for group in groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in model.parameters())
+
+
+def test_token_grid_is_found_behind_an_undeclared_class_token():
+    model = du.build_model("volo_d1_224", 2, "csra", pretrained=False)
+    assert model.head.num_prefix_tokens == 1
+    with torch.inference_mode():
+        assert du._label_maps(model.eval(), torch.zeros(1, 3, 224, 224), 0).shape == (1, 14, 14)
+
+
+def test_feature_map_of_one_position_is_refused():
+    with pytest.raises(ValueError, match="form no map of two or more positions"):
+        du.build_model("test_resnet", 2, "csra", pretrained=False, img_size=32)
+
+
+def test_building_a_head_leaves_a_backbone_that_can_be_trained():
+    model = du.build_model("convit_tiny", 2, "csra", pretrained=False, img_size=224, depth=1)
+    model(torch.zeros(1, 3, 224, 224)).sum().backward()
+
+
 def test_backbone_that_only_gives_pooled_features_is_refused():
     with pytest.raises(ValueError, match="gives no feature map for head='csra'.*pooled features"):
         du.build_model(
@@ -442,7 +467,7 @@ def test_options_of_the_head_and_of_timm_part_ways():
     assert model.spec["head_kwargs"] == {"heads": 2, "lam": 0.3}
     assert model.spec["model_kwargs"] == {"drop_rate": 0.2}
     assert (model.head.lam, len(model.head.weight)) == (0.3, 2)
-    with pytest.raises(TypeError, match="lam"):
+    with pytest.raises(ValueError, match="the linear head has no option lam"):
         build_resnet("linear", lam=0.3)
 
 

@@ -52,6 +52,8 @@ def test_as_many_folds_as_groups_leave_one_group_out():
     groups = ["x", "y", "x", "z"]
     oof = du.out_of_fold(lambda train, held_out: np.full((len(held_out), 1), len(train)), groups, 3)
     assert oof.probs[:, 0].tolist() == [2, 3, 2, 3]
+    with pytest.raises(ValueError, match=r"something else than \(2, labels\) numbers"):
+        du.out_of_fold(lambda train, held_out: np.zeros(len(held_out)), groups, 3)
     with pytest.raises(ValueError, match="3 groups are too few for 4 folds"):
         du.out_of_fold(lambda *_: None, groups, 4)
 
@@ -101,6 +103,9 @@ def test_patch_features_tell_kinds_of_pictures_apart_and_repeat(tmp_path):
     model = LogisticRegression().fit(features[:20], striped[:20])
     assert model.score(features[20:], striped[20:]) == 1
     assert du.patch_features(paths[:5], n_filters=32).shape == (5, 5)
+    assert du.patch_features([paths[0]] * 3, n_filters=32).isfinite().all()
+    with pytest.raises(ValueError, match="1 images: patch_features compares images"):
+        du.patch_features(paths[:1])
 
 
 # ---------------------------------------------------------------- wrong labels
@@ -163,6 +168,15 @@ def test_label_that_is_always_the_same_is_not_suspected():
     assert du.find_wrong_labels(given, fold_by_fold(probs), LABELS, np.arange(20)).empty
 
 
+def test_one_label_alone_and_no_positive_at_all_are_fine():
+    clean, given, probs = planted()
+    table = du.find_wrong_labels(given[:, :1], fold_by_fold(probs[:, :1]), ["a"], np.arange(200))
+    assert set(table["image_path"]) == set(range(10))
+    assert table["photo_quality"].tolist() == pytest.approx(table["quality"].tolist())
+    nothing = du.find_wrong_labels(0 * clean, fold_by_fold(probs), LABELS, np.arange(200))
+    assert nothing.empty
+
+
 def test_wrong_classes_are_found_among_exclusive_ones():
     rng = np.random.default_rng(0)
     clean = rng.integers(0, 3, 150)
@@ -204,12 +218,26 @@ def test_decisions_are_replayed_and_the_last_one_counts(tmp_path, part):
     assert part["a"].tolist() == [1, 0]  # the original stays
 
 
-def test_names_with_commas_quotes_and_line_breaks_survive(tmp_path):
-    names = ['a, "b".jpg', "c\nd.jpg", "ä.jpg"]
+def test_names_with_commas_and_quotes_survive(tmp_path):
+    names = ['a, "b".jpg', 'c"d.jpg', "ä.jpg"]
     for name in names:
         du.append_decision(tmp_path / "review.csv", name, "a", "present")
     table = pd.DataFrame({"image_path": names, "a": NAN})
     assert du.apply_decisions(tmp_path / "review.csv", table, ["a"])["a"].tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="a name with a line break cannot be reviewed"):
+        du.append_decision(tmp_path / "review.csv", "e\nf.jpg", "a", "present")
+
+
+def test_torn_quoted_name_swallows_no_later_decision(tmp_path):
+    path = tmp_path / "sub" / "review.csv"
+    du.append_decision(path, "a.jpg", "a, b", "present")
+    path.write_text(path.read_text() + 'b.jpg,"a, ')
+    du.append_decision(path, "b.jpg", "a, b", "absent")
+    table = pd.DataFrame({"image_path": ["a.jpg", "b.jpg"], "a, b": NAN}, index=[7, 7])
+    with pytest.warns(UserWarning, match="line 2: cut off"):
+        found = du.apply_decisions(path, table, ["a, b"])
+    assert found["a, b"].tolist() == [1, 0]
+    assert du.read_decisions(tmp_path / "none.csv").empty
 
 
 def test_line_that_was_cut_off_is_named_and_the_others_stay(tmp_path, part):
