@@ -684,7 +684,7 @@ def whole(tables, tmp_path_factory):
 
 
 SCRIPT = """
-import json, signal, sys
+import json, os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import pandas as pd
 import data_utils as du
@@ -992,7 +992,9 @@ run.fit()
 assert run.accelerator.num_processes == 2
 assert len(run.loader) == 3
 np.save(job["dir"] + f"/probs{run.accelerator.process_index}.npy", run.predict(parts[1]))
+run.accelerator.wait_for_everyone()
 run.accelerator.end_training()  # or a process may abort while the other still talks to it
+os._exit(0)  # threads of torch may abort while the interpreter is taken down
 """
     run_dir = tmp_path / "run"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
