@@ -196,20 +196,27 @@ def _parse_row(line: str, where: str) -> dict:
     return row
 
 
-def _walk_answers(classifications: list[dict], prefix: str = "") -> Iterator[dict]:
-    """Yield each answer as {question, kind, answer}; nested ones are named "parent / child"."""
-    for item in classifications:
+def _walk_answers(
+    items: list[dict], above: tuple | None = None, prefix: str = ""
+) -> Iterator[tuple[str, str, tuple | None, dict, dict]]:
+    """Yield (question, kind, above, item, answer) an answer; nested ones are "parent / child".
+
+    `above` is None at the top and (question, option) below an option; any grade is option None.
+    A text is an answer whose name is its content.
+    """
+    for item in items:
         question = prefix + item["name"]
         if "text_answer" in item:
             content = (item["text_answer"] or {}).get("content")
-            yield {"question": question, "kind": "text", "answer": content}
+            yield question, "text", above, item, {"name": content}
         given = item.get("radio_answer") or item.get("checklist_answers") or []
         kind = "checklist" if "checklist_answers" in item else "radio"
         for answer in given if isinstance(given, list) else [given]:
-            yield {"question": question, "kind": kind, "answer": answer["name"]}
-            graded = _GRADE.match(answer["name"])
-            parent = question if graded else f"{question} / {answer['name']}"
-            yield from _walk_answers(answer.get("classifications") or [], f"{parent} / ")
+            yield question, kind, above, item, answer
+            option = None if _GRADE.match(answer["name"]) else answer["name"]
+            below = question if option is None else f"{question} / {option}"
+            nested = answer.get("classifications") or []
+            yield from _walk_answers(nested, (question, option), f"{below} / ")
 
 
 def _row_answers(row: dict) -> Iterator[dict]:
@@ -227,7 +234,8 @@ def _row_answers(row: dict) -> Iterator[dict]:
             key = {"project": project.get("name") or project_id, "annotator": annotator}
             key |= {"label_id": label.get("id") or f"{project_id}-{number}", "judged": not skipped}
             classifications = label.get("annotations", {}).get("classifications") or []
-            answers = [] if skipped else list(_walk_answers(classifications))
+            walked = [] if skipped else _walk_answers(classifications)
+            answers = [{"question": q, "kind": k, "answer": a["name"]} for q, k, _, _, a in walked]
             yield from (base | key | answer for answer in answers or [{}])
 
 
@@ -280,7 +288,6 @@ def read_labelbox(
     if not records:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export, one JSON object a line.")
     answers = pd.DataFrame(records).drop_duplicates(ignore_index=True)
-    answers["grade"] = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
     images = pd.Series(images)
     duplicates = images[images.duplicated()].tolist()
     return _name_labels(answers, duplicates, problematic, flags)
@@ -289,6 +296,7 @@ def read_labelbox(
 def _name_labels(
     answers: pd.DataFrame, duplicates: list[str], problematic: str, flags: Sequence[str]
 ) -> pd.DataFrame:
+    answers["grade"] = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
     option = answers["question"] + " / " + answers["answer"]
     graded = answers.groupby("question")["grade"].transform("count").fillna(0) > 0
     label = answers["question"].where(graded, option)
@@ -360,6 +368,12 @@ def to_targets(
     return targets.rename_axis(index="image", columns=None).reset_index()
 
 
+def _pair_agreement(counts: np.ndarray) -> float:
+    """Return the mean over images of the share of agreeing pairs of raters; counts (N, K)."""
+    n = counts.sum(1)
+    return ((counts * (counts - 1)).sum(1) / (n * (n - 1))).mean()
+
+
 def _fleiss_kappa(counts: np.ndarray) -> float:
     """Return Fleiss' kappa, (P - Pe) / (1 - Pe), of how many raters chose each category.
 
@@ -375,9 +389,8 @@ def _fleiss_kappa(counts: np.ndarray) -> float:
         1 for perfect agreement, 0 for chance; NaN if only one category was ever chosen.
     """
     counts = np.asarray(counts, float)
-    n = counts.sum(1)
-    observed = ((counts * (counts - 1)).sum(1) / (n * (n - 1))).mean()
-    expected = ((counts.sum(0) / n.sum()) ** 2).sum()
+    observed = _pair_agreement(counts)
+    expected = ((counts.sum(0) / counts.sum()) ** 2).sum()
     return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")
 
 
@@ -418,8 +431,7 @@ def _agree(label: str, judged: pd.DataFrame) -> dict:
     line = {"label": label, "images": len(judged), "annotators": judged.shape[1]}
     line |= {"agreement": np.nan, "statistic": None, "kappa": np.nan}
     if len(judged):
-        n = counts.sum(1)
-        line["agreement"] = ((counts * (counts - 1)).sum(1) / (n * (n - 1))).mean()
+        line["agreement"] = _pair_agreement(counts)
         line["statistic"] = "Cohen" if judged.shape[1] == 2 else "Fleiss"
         if counts.any(0).all():
             both = judged.to_numpy().T
@@ -626,27 +638,6 @@ def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> 
 # ---------------------------------------------------------------- back to Labelbox
 
 
-def _walk_options(
-    items: list[dict], above: tuple | None = None, prefix: str = ""
-) -> Iterator[tuple[str, str, tuple | None, dict, dict]]:
-    """Yield (question, kind, above, item, answer) an answer, named as `_walk_answers` names it.
-
-    `above` is None at the top and (question, option) below an option; any grade is option None.
-    """
-    for item in items:
-        question = prefix + item["name"]
-        if "text_answer" in item:
-            yield question, "text", above, item, {}
-        given = item.get("radio_answer") or item.get("checklist_answers") or []
-        kind = "checklist" if "checklist_answers" in item else "radio"
-        for answer in given if isinstance(given, list) else [given]:
-            yield question, kind, above, item, answer
-            option = None if _GRADE.match(answer["name"]) else answer["name"]
-            below = question if option is None else f"{question} / {option}"
-            nested = answer.get("classifications") or []
-            yield from _walk_options(nested, (question, option), f"{below} / ")
-
-
 def _read_questions(path: str | os.PathLike) -> tuple[dict[str, set], dict[str, dict]]:
     """Return the data rows by name, and each question with the options that the export holds."""
     rows, questions = {}, {}
@@ -665,13 +656,13 @@ def _read_questions(path: str | os.PathLike) -> tuple[dict[str, set], dict[str, 
             rows.setdefault(name, set()).add(found)
         for label in (label for p in row["projects"].values() for label in p.get("labels") or []):
             items = label.get("annotations", {}).get("classifications") or []
-            for question, kind, above, item, answer in _walk_options(items):
+            for question, kind, above, item, answer in _walk_answers(items):
                 fresh = {"kind": kind, "above": above, "item": item, "options": {}}
                 node = questions.setdefault(question, fresh)
                 if (node["kind"], node["above"]) != (kind, above):
                     problem = f"{question!r} is asked as {node['kind']} and as {kind}"
                     raise ValueError(f"{where}: {problem}; export one project at a time.")
-                if answer:
+                if kind != "text":
                     node["options"].setdefault(answer["name"], answer)
     for question, node in questions.items():
         grades = [(int(found[1]), o) for o in node["options"] if (found := _GRADE.match(o))]
@@ -868,7 +859,6 @@ def read_labelbox_import(path: str | os.PathLike, export_path: str | os.PathLike
     columns = ["image", "data_row_id", "project", "annotator", "label_id", "judged"]
     columns += ["question", "kind", "answer", "confidence"]
     answers = pd.DataFrame(records, columns=columns)
-    answers["grade"] = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
     return _name_labels(answers, [], "keep", ())
 
 
@@ -2001,10 +1991,8 @@ def extract_features(
     device = next(model.parameters()).device
     model.eval()
     found = []
-    with (
-        torch.no_grad(),
-        _autocast(model, device.type),
-    ):  # inference tensors could not be trained on
+    # not inference_mode: a head could not be trained on its tensors
+    with torch.no_grad(), _autocast(model, device.type):
         for images, _ in make_loader(dataset, batch_size, num_workers=num_workers):
             found.append(model.forward_features(images.to(device)).float().cpu())
     return torch.cat(found)
