@@ -17,6 +17,7 @@ import inspect
 import io
 import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -38,19 +39,22 @@ import torchvision
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
 from iterstrat.ml_stratifiers import IterativeStratification
 from joblib import Parallel, delayed
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
-from sklearn.metrics import cohen_kappa_score
+from sklearn.metrics import cohen_kappa_score, pairwise_distances_argmin_min
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from timm.layers import resample_abs_pos_embed
 from timm.loss import CLASS_WEIGHT_METHODS, compute_class_weights, create_classification_loss
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -94,6 +98,7 @@ __all__ = [
     "open_image",
     "out_of_fold",
     "overlay_heat_map",
+    "panorama_name",
     "patch_features",
     "plot_comparison",
     "plot_history",
@@ -104,6 +109,7 @@ __all__ = [
     "read_labelbox",
     "read_labelbox_import",
     "read_partition",
+    "read_tuned",
     "replacing",
     "score_labels",
     "show_images",
@@ -117,7 +123,8 @@ __all__ = [
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 VIEWS = ("half", "panorama")
-FORMAT_VERSION = 1
+SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
+FORMAT_VERSION = 2  # 1 knew no "activation"
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _HALF = re.compile(r"_(left|right)$")
 
@@ -155,6 +162,35 @@ def _some(names: Iterable[Any], most: int = 5) -> str:
     names = [str(name) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def read_tuned(path: str | os.PathLike, head: str, parameters: Iterable[str]) -> dict[str, Any]:
+    """Return the parameters that tuning.ipynb found, by their names in the notebooks.
+
+    Args:
+        path: its best_parameters.json.
+        head: "linear", "csra" or "mldecoder": the one they must have been found for.
+        parameters: the names that there are.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such file content, another head, or a name that does not exist.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; run tuning.ipynb to make it.")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        own = found.pop("HEAD")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: no best_parameters.json of tuning.ipynb.") from None
+    if own != head:
+        notebook = {"linear": "training"}.get(own, own)
+        raise ValueError(f"{path}: found for HEAD={own!r}, not {head!r}; use {notebook}.ipynb.")
+    unknown = sorted(found.keys() - set(parameters))
+    if unknown:
+        raise ValueError(f"{path}: this notebook has no parameter {_some(unknown)}.")
+    return found
 
 
 def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
@@ -518,24 +554,77 @@ def _split_lists(cells: pd.Series, unlisted: str) -> pd.DataFrame:
     return labels.mask(cells == "") if unlisted == "unknown" else labels
 
 
-def read_class_folders(root: str | os.PathLike) -> pd.DataFrame:
-    """Read `root/<class>/*.jpg` as labels: `image` (path below root) and one 0/1 column a class.
+def read_class_folders(
+    root: str | os.PathLike, names_path: str | os.PathLike | None = None
+) -> pd.DataFrame:
+    """Read `root/<class>/*.jpg`, or ImageNet's `root/train/<class>/` and `root/val/<class>/`.
+
+    Args:
+        root: with `train/` and `val/` in it, only these two are read.
+        names_path: says what folder names mean, a line a class: `n01440764 tench, Tinca tinca`
+            (ImageNet's LOC_synset_mapping.txt); the words up to the first comma name the class.
+
+    Returns:
+        `image` (path below root) and one column a class: 1 in its own folder, else 0.
 
     Raises:
-        ValueError: no class folder holds an image.
+        ValueError: no class folder holds an image, one of them holds none, val/ has a class that
+            train/ lacks, or `names_path` leaves a class out.
     """
     root = Path(root)
-    images = pd.Series([p.relative_to(root) for p in list_images(root)], dtype=object)
-    images = images[[len(p.parts) > 1 for p in images]]
-    if images.empty:
+    is_split = (root / "train").is_dir() and (root / "val").is_dir()
+    parts = [root / "train", root / "val"] if is_split else [root]
+    found = [(part, path.relative_to(part)) for part in parts for path in list_images(part)]
+    found = [(part, path) for part, path in found if len(path.parts) > 1]
+    if not found:
         raise ValueError(f"{root}: no images in class folders; expected {root}/<class>/*.jpg.")
-    labels = pd.get_dummies(images.map(lambda p: p.parts[0]), dtype=float)
-    return pd.concat([images.map(lambda p: p.as_posix()).rename("image"), labels], axis=1)
+    classes = pd.Series([path.parts[0] for _, path in found])
+    taken = sorted({"image", *NOT_LABELS} & set(classes))
+    if taken:
+        raise ValueError(f"{root}: {taken[0]!r} is the name of a column; rename that class folder.")
+    _check_class_folders(parts, {(part, path.parts[0]) for part, path in found})
+    names = _class_names(names_path, sorted(set(classes))) if names_path else {}
+    images = [(part / path).relative_to(root).as_posix() for part, path in found]
+    labels = pd.get_dummies(classes, dtype=float).rename(columns=names)
+    return pd.concat([pd.Series(images, name="image", dtype=object), labels], axis=1)
+
+
+def _check_class_folders(parts: Sequence[Path], filled: set[tuple[Path, str]]) -> None:
+    """Refuse empty class folders and untrained classes; `filled` has (part, class) with images."""
+    folders = [p for part in parts for p in sorted(part.iterdir()) if p.is_dir()]
+    empty = [p for p in folders if p.name[0] != "." and (p.parent, p.name) not in filled]
+    if empty:
+        fix = "add photos, or delete the folder if the class is not wanted"
+        raise ValueError(f"{_some(empty)}: a class folder without images; {fix}.")
+    untrained = sorted({name for _, name in filled if (parts[0], name) not in filled})
+    if untrained:
+        problem = f"holds classes that {parts[0]} lacks: {_some(untrained)}"
+        raise ValueError(f"{parts[-1]}: {problem}; a class must be trained to be tested.")
+
+
+def _class_names(path: str | os.PathLike, folders: Sequence[str]) -> dict[str, str]:
+    """Return folder name → words; words that two classes share are told apart by the folder."""
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    pairs = [re.split(r"[\s,;]+", line.strip(), maxsplit=1) for line in lines if line.strip()]
+    broken = [repr(" ".join(pair)) for pair in pairs if len(pair) < 2]
+    if broken:
+        raise ValueError(f"{path}: expected `folder words` a line, found {_some(broken)}.")
+    found = {folder: words.split(",")[0].strip().strip('"') for folder, words in pairs}
+    missing = [folder for folder in folders if folder not in found]
+    if missing:
+        raise ValueError(f"{path}: no line for {_some(missing)}; add one, or give no names.")
+    count = pd.Series([found[folder] for folder in folders]).value_counts()
+    return {f: found[f] if count[found[f]] == 1 else f"{found[f]} ({f})" for f in folders}
 
 
 def _without_suffix(name: str) -> str:
     path = Path(name)
     return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
+
+
+def panorama_name(path: str | os.PathLike) -> str:
+    """Return the path of a photo without suffix and side; the halves of a panorama share it."""
+    return _HALF.sub("", _without_suffix(str(path)))
 
 
 def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
@@ -545,7 +634,7 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     """
     stem = targets["image"].map(_without_suffix)
     is_half = stem.str.endswith(("_left", "_right"))
-    panorama = stem.str.replace(_HALF, "", regex=True).rename("image")
+    panorama = targets["image"].map(panorama_name)
     labels = targets.select_dtypes(["number", "bool"]).columns
     by = targets.drop(columns="image").astype(dict.fromkeys(labels, float))
     by = by.groupby(panorama, sort=False)
@@ -624,7 +713,7 @@ def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> 
     if isinstance(group_by, str) and group_by in targets.columns:
         return targets[group_by].astype(str)
     if group_by == "panorama":
-        return paths.map(lambda p: (p.parent / _HALF.sub("", p.stem)).as_posix())
+        return paths.map(lambda p: Path(panorama_name(p)).as_posix())
     if not isinstance(group_by, int) or group_by < 1:
         wanted = f"'panorama', a number of folders or a column of {_some(targets.columns)}"
         raise ValueError(f"group_by={group_by!r}: expected {wanted}.")
@@ -1124,7 +1213,12 @@ class RandomHorizontalRoll(v2.Transform):
 
 
 def make_transforms(
-    model: nn.Module, train: bool, view: str = "half", crop_scale: tuple[float, float] = (0.8, 1.0)
+    model: nn.Module,
+    train: bool,
+    view: str = "half",
+    crop_scale: tuple[float, float] = (0.8, 1.0),
+    rand_augment: str | None = None,
+    random_erasing: float = 0.0,
 ) -> v2.Compose:
     """Return PIL image → normalised float tensor (3, H, W) of the size that `model` takes.
 
@@ -1136,19 +1230,47 @@ def make_transforms(
         model: from `build_model`.
         view: "half" (photos that do not wrap) or "panorama".
         crop_scale: share of the picture that a random crop keeps; a small one may cut a label off.
+        rand_augment: timm's RandAugment (Cubuk et al. 2020, arXiv 1909.13719) in the place of the
+            colour jitter, e.g. "rand-m9-n2-mstd0.5": two operations of magnitude 9.
+        random_erasing: probability that a rectangle becomes noise (Zhong et al. 2020, arXiv
+            1708.04896).
+
+    Raises:
+        ValueError: another view, or a setting that timm's RandAugment does not know.
     """
     _check_choice("view", view, VIEWS)
+    if not 0 <= random_erasing <= 1:
+        raise ValueError(f"random_erasing={random_erasing}: expected a probability from 0 to 1.")
     config = model.data_config
     size, mode = config["input_size"][1:], v2.InterpolationMode(config["interpolation"])
     steps: list[nn.Module] = [v2.ToImage()]
     if train:
         steps += [RandomHorizontalRoll(view)] if view == "panorama" else []
-        steps += [v2.RandomResizedCrop(size, crop_scale, interpolation=mode, antialias=True)]
-        steps += [v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)]
+        ratio = tuple(shape * size[1] / size[0] for shape in (3 / 4, 4 / 3))
+        steps += [v2.RandomResizedCrop(size, crop_scale, ratio, interpolation=mode)]
+        steps += [v2.RandomHorizontalFlip()]
+        augment = _rand_augment(rand_augment, config) if rand_augment else []
+        steps += augment or [v2.ColorJitter(0.2, 0.2, 0.2)]
     else:
         steps += [v2.Resize(size, interpolation=mode, antialias=True)]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+    if train and random_erasing:
+        steps += [RandomErasing(random_erasing, mode="pixel", device="cpu")]
     return v2.Compose(steps)
+
+
+def _rand_augment(settings: str, config: dict) -> list[Callable]:
+    """Return RandAugment, which works on PIL images; what it moves in from outside is grey."""
+    grey = tuple(round(255 * value) for value in config["mean"])
+    reach = {"translate_const": int(0.45 * min(config["input_size"][1:])), "img_mean": grey}
+    known = r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t\w+)*"
+    try:
+        if not re.fullmatch(known, settings):  # timm passes over what it does not know
+            raise ValueError
+        return [v2.ToPILImage(), rand_augment_transform(settings, reach), v2.ToImage()]
+    except (AssertionError, KeyError, ValueError):
+        example = "expected e.g. 'rand-m9-n2-mstd0.5'"
+        raise ValueError(f"rand_augment={settings!r}: {example}.") from None
 
 
 def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
@@ -1264,7 +1386,8 @@ def make_loader(
     """Return a DataLoader; shuffling and the workers' random numbers follow from `seed`.
 
     PyTorch gives each worker and epoch its own torch, numpy and python seed drawn from the
-    loader's generator, because workers are started anew each epoch.
+    loader's generator, because workers are started anew each epoch. That generator is the same in
+    all processes of a launched run, so the rank is added.
     """
     return DataLoader(
         dataset,
@@ -1273,7 +1396,17 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=_seed_by_rank,
     )
+
+
+def _seed_by_rank(worker: int) -> None:
+    rank = int(os.environ.get("RANK", 0))  # as set by accelerate launch and torchrun
+    if rank:
+        seed = (torch.initial_seed() + 1_000_003 * rank) % 2**32
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - what timm's MixUp and others draw from
+        random.seed(seed)
 
 
 # ---------------------------------------------------------------- features, out of fold
@@ -1544,23 +1677,32 @@ def apply_decisions(
     return part.assign(**dict(zip(label_columns, values.T)))
 
 
-def rank_for_labelling(probs: np.ndarray, distance: np.ndarray, n: int) -> pd.DataFrame:
+def rank_for_labelling(
+    probs: np.ndarray, features: np.ndarray, labelled: np.ndarray, n: int
+) -> pd.DataFrame:
     """Rank unlabelled photos by entropy × distance to the nearest labelled or chosen one.
 
     Args:
         probs: (N, L).
-        distance: (N, M + N) to the M labelled photos, then to the N candidates themselves.
+        features: (N, D), what they look like.
+        labelled: (M, D), what the labelled photos look like; M may be 0.
+
+    Returns:
+        Up to n lines, the first one to label first: candidate (a row of `probs`), entropy in bits,
+        distance (when it was chosen; 1 where nothing is labelled or chosen).
     """
     p = probs.clip(1e-7, 1 - 1e-7)
     entropy = -(p * np.log2(p) + (1 - p) * np.log2(1 - p)).mean(1)
-    n_labelled = distance.shape[1] - len(probs)
-    nearest = distance[:, :n_labelled].min(1) if n_labelled else np.ones(len(probs))
+    nearest = np.ones(len(probs))
+    if len(probs) and len(labelled):
+        nearest = pairwise_distances_argmin_min(features, labelled)[1]  # in pieces: N × M is large
     free, lines = np.ones(len(probs), bool), []
     for _ in range(min(n, len(probs))):
         best = np.where(free, entropy * nearest, -1).argmax()
         lines.append((best, entropy[best], nearest[best]))
         free[best] = False
-        nearest = np.minimum(nearest, distance[:, n_labelled + best])
+        to_best = np.linalg.norm(features - features[best], axis=1)
+        nearest = np.minimum(nearest, to_best)
     return pd.DataFrame(lines, columns=["candidate", "entropy", "distance"])
 
 
@@ -1959,6 +2101,7 @@ def _load_file(model: nn.Module, name: str, path: Path, filter_fn: Callable | No
 
     def fitting(state: dict, model: nn.Module) -> dict:
         with contextlib.suppress(KeyError):  # weights of another architecture: named below
+            state = _resize_wide_positions(state, model)
             state = filter_fn(state, model) if filter_fn else state
         return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
 
@@ -1974,27 +2117,58 @@ def _load_file(model: nn.Module, name: str, path: Path, filter_fn: Callable | No
         raise ValueError(f"{path}: {problem}.")
 
 
+def _resize_wide_positions(state: dict, model: nn.Module) -> dict:
+    """Resize position embeddings of 2:1 panoramas; timm takes all of them for square."""
+    table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if not torch.is_tensor(table) or own is None or table.ndim != 3 or table.shape == own.shape:
+        return state
+    alone = getattr(model, "no_embed_class", False)
+    prefix = 0 if alone else getattr(model, "num_prefix_tokens", 0)
+    height = round(((table.shape[1] - prefix) / 2) ** 0.5)
+    if 2 * height**2 != table.shape[1] - prefix:
+        return state
+    new_size = list(model.patch_embed.grid_size)
+    resized = resample_abs_pos_embed(table, new_size, [height, 2 * height], prefix)
+    return state | {"pos_embed": resized}
+
+
 def _autocast(model: nn.Module, device: str) -> torch.autocast:
     """Return the context in which `model` answers fastest."""
-    precision = fast_precision(model)
+    precision = fast_precision(model, device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return torch.autocast(device, dtype, enabled=precision != "no")
 
 
 def extract_features(
-    model: nn.Module, dataset: DataPartition, batch_size: int = 32, num_workers: int = 0
+    model: nn.Module,
+    dataset: DataPartition,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    pooled: bool = False,
 ) -> torch.Tensor:
     """Return what the model's head sees of every image, unpooled, e.g. (N, H, W, C) of SwinV2.
 
     Computed once, a head is trained on them in seconds (`FeatureSet`).
+
+    Args:
+        model: one of timm's, or with a head of this file.
+        pooled: (N, C) instead, what the last layer of one of timm's models sees; a small part of
+            the memory.
+
+    Raises:
+        ValueError: pooled features of a model with a head of this file, which does not pool.
     """
+    if pooled and isinstance(model, _HeadedModel):
+        raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
     device = next(model.parameters()).device
     model.eval()
     found = []
     # not inference_mode: a head could not be trained on its tensors
     with torch.no_grad(), _autocast(model, device.type):
         for images, _ in make_loader(dataset, batch_size, num_workers=num_workers):
-            found.append(model.forward_features(images.to(device)).float().cpu())
+            features = model.forward_features(images.to(device))
+            features = model.forward_head(features, pre_logits=True) if pooled else features
+            found.append(features.float().cpu())
     return torch.cat(found)
 
 
@@ -2015,6 +2189,7 @@ def measure_throughput(
             if gains_by_channels_last(model):
                 images = images.contiguous(memory_format=torch.channels_last)
             model.eval()
+            images.sum().item()  # waits until the batch is there
             start = time.perf_counter()
             with torch.inference_mode(), _autocast(model, device.type):
                 model(images).sum().item()  # waits for the device
@@ -2060,18 +2235,27 @@ def gains_by_channels_last(model: nn.Module) -> bool:
 # ---------------------------------------------------------------- training
 
 
-def fast_precision(model: nn.Module) -> str:
-    """Return the accelerate precision in which the device trains `model` fastest.
+def _fastest_device() -> str:
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return next((name for name, is_there in found.items() if is_there), "cpu")
+
+
+def fast_precision(model: nn.Module, device: str | None = None) -> str:
+    """Return the accelerate precision in which a device trains `model` fastest.
 
     "bf16" or "fp16" on a GPU; on a CPU "bf16" for matrix products where the CPU has instructions
     for them, "no" for convolutions, which are no faster then (depth-wise ones slower).
+
+    Args:
+        device: "cuda", "mps" or "cpu"; None is the fastest of this machine.
     """
-    if torch.cuda.is_available():
+    device = device or _fastest_device()
+    if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cpu = torch.cpu.get_capabilities()
     units = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-    on_cpu = not torch.backends.mps.is_available()
-    return "bf16" if units and on_cpu and not gains_by_channels_last(model) else "no"
+    wins = units and device == "cpu" and not gains_by_channels_last(model)
+    return "bf16" if wins else "no"
 
 
 class MaskedLoss(nn.Module):
@@ -2080,13 +2264,16 @@ class MaskedLoss(nn.Module):
     "bce", "asl" and "db" are averaged over the known cells; the weights of "db" take an unknown
     cell as present by the label's rate in training. "zlpr" and "twoway" compare labels with each
     other: an unknown cell enters as a negative with logit -1e4, whose share in their log-sum-exp
-    is exactly zero. "zlpr" is averaged over the images with a known cell.
+    is exactly zero. "zlpr" is averaged over the images with a known cell. "ce", softmax
+    cross-entropy for classes that exclude each other, is averaged over the images without an
+    unknown cell.
 
     Args:
-        name: "bce", "asl", "zlpr", "twoway" or "db".
+        name: "bce", "asl", "zlpr", "twoway" or "db"; "ce" for one class an image.
         targets: (N, L) training targets, from which class weights and counts are taken.
         class_weights: None, "neg_pos", "inv_freq" or "effective_num" ("bce" and "asl").
         soft: targets lie between 0 and 1 ("zlpr" and "twoway" refuse these).
+        label_smoothing: share of the target that all classes get in equal parts ("ce").
         **kwargs: passed to `timm.loss.create_classification_loss`, e.g. asl_gamma_neg.
     """
 
@@ -2096,9 +2283,18 @@ class MaskedLoss(nn.Module):
         targets: np.ndarray,
         class_weights: str | None = None,
         soft: bool = False,
+        label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        self.exclusive = name == "ce"
+        if self.exclusive:
+            if class_weights is not None or kwargs:
+                raise ValueError(f"loss='ce' takes no {_some(kwargs or ['class_weights'])}.")
+            self.loss = nn.CrossEntropyLoss(reduction="none", label_smoothing=label_smoothing)
+            return
+        if label_smoothing:
+            raise ValueError("label_smoothing goes with loss='ce', one class an image.")
         known = np.maximum((~np.isnan(targets)).sum(0), 1)
         # One sample count for all labels, as timm expects: scale each label's rate to N images.
         counts = np.nansum(targets, axis=0) / known * len(targets)
@@ -2121,6 +2317,10 @@ class MaskedLoss(nn.Module):
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         known = ~targets.isnan()
+        if self.exclusive:
+            judged = known.all(1)  # (B,)
+            losses = self.loss(logits.float(), targets.nan_to_num(0.0).float())
+            return (losses * judged).sum() / judged.sum().clamp(min=1)
         targets = torch.where(known, targets, self.prior.to(targets.dtype))
         if not self.averages_cells:
             loss = self.loss(logits.float().masked_fill(~known, -1e4), targets)
@@ -2128,6 +2328,23 @@ class MaskedLoss(nn.Module):
             return loss * len(known) / n_judged if self.averages_images else loss
         cells = self.loss(logits.float(), targets)  # (B, L)
         return (cells * known).sum() / known.sum().clamp(min=1)
+
+
+def _check_exclusive(part: DataPartition, name: str) -> None:
+    """Refuse targets that are no shares of one class an image; unjudged images may be there."""
+    known = ~np.isnan(part.targets)
+    sums = np.where(known, part.targets, 0).sum(1)
+    wrong = known.any(1) & (~known.all(1) | (np.abs(sums - 1) > 1e-3))
+    if wrong.any():
+        first = getattr(part, "paths", np.arange(len(part)))[int(wrong.argmax())]
+        problem = f"{wrong.sum()} {name} images have not exactly one class (the first: {first})"
+        raise ValueError(f"loss='ce': {problem}; use 'bce' where several labels may be present.")
+
+
+def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
+    """Return (..., L): the softmax of classes that exclude each other, else sigmoids."""
+    logits = logits.float()
+    return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
 
 def _remove_resume_point(folder: Path) -> None:
@@ -2155,10 +2372,12 @@ class TrainConfig:
     ema_decay: float | None = None
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
-    loss: str = "bce"
+    loss: str = "bce"  # "ce": one class an image
     loss_kwargs: dict = field(default_factory=dict)
+    label_smoothing: float = 0.0  # "ce" only
     class_weights: str | None = None
-    patience: int = 10  # epochs without a better validation mAP
+    schedule: str = "cosine"  # of the learning rate, one of SCHEDULES
+    patience: int = 10  # epochs without a better validation score
     seed: int = 42
     num_workers: int = 0
     precision: str = "auto"  # "no", "bf16" or "fp16"
@@ -2179,6 +2398,33 @@ class TrainConfig:
         for name in ("weight_decay", "warmup_epochs", "mixup_alpha", "cutmix_alpha"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: expected 0 to below 1.")
+        _check_choice("schedule", self.schedule, SCHEDULES)
+
+
+def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
+    """Return timm's schedule, one value an optimizer step, `updates` of them an epoch.
+
+    After a linear warm-up: "cosine" to zero (Loshchilov & Hutter 2017, arXiv 1608.03983);
+    "warm-restarts", the same in three equal cycles; "step", a tenth after each third;
+    "flat-cosine", the last 28 % of the steps fall. "one-cycle" rises from 1/25 for 30 % of the
+    steps, then falls (the rates of Smith & Topin 2019, arXiv 1708.07120; no cycle of momentum).
+    """
+    epochs, warmup = config.epochs, min(config.warmup_epochs, config.epochs - 1)
+    rest, top = epochs - warmup, config.learning_rate
+    options = {"sched": "cosine", "num_epochs": epochs, "warmup_epochs": warmup, "warmup_lr": 0.0}
+    own: dict[str, dict[str, Any]] = {
+        "cosine": {},
+        "one-cycle": {"num_epochs": 0.7 * epochs, "warmup_prefix": True}
+        | {"warmup_epochs": 0.3 * epochs, "warmup_lr": top / 25},
+        "flat-cosine": {"sched": "wsd", "decay_epochs": 0.28 * epochs / rest, "decay_fn": "cosine"},
+        "step": {"sched": "step", "decay_epochs": epochs / 3, "decay_rate": 0.1},
+        "warm-restarts": {"num_epochs": rest / 3, "warmup_prefix": True}
+        | {"cycle_limit": 3, "cycle_decay": 1.0},
+    }
+    per_step = {"step_on_epochs": False, "updates_per_epoch": updates}
+    return create_scheduler_v2(optimizer, **(options | own[config.schedule]), **per_step)[0]
 
 
 def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
@@ -2201,12 +2447,17 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 class Trainer:
-    """Fine-tune a model on a training partition, keeping the weights of the best validation mAP.
+    """Train a model on a training partition, keeping the weights of the best validation score.
+
+    With loss="ce" the classes exclude each other: probabilities are a softmax, and the best epoch
+    is the one with the highest top-1 accuracy; else they are sigmoids, and it is the one with the
+    highest mAP. `prepare_loss`, `training_loss` and `validate` are what another task overrides.
 
     `run_dir` receives config.json, history.csv (a row an epoch), best_model.pt and last/, the
     complete resume point. Every epoch's random numbers follow from (seed, epoch), so a run that was
-    stopped and resumed ends like one that was not. Works in one process or under
-    `accelerate launch` and `accelerate.notebook_launcher`.
+    stopped and resumed ends like one that was not (on a GPU: but for the rounding of kernels that
+    add in any order). Works in one process, or in several with DistributedDataParallel under
+    `accelerate launch`; several machines need a `run_dir` that all of them see.
 
     Args:
         model: (B, 3, H, W) → logits (B, L).
@@ -2223,10 +2474,6 @@ class Trainer:
     ) -> None:
         if train_set.label_columns != val_set.label_columns:
             raise ValueError("training and validation partitions have different labels or order.")
-        if not (train_set.targets >= 0).any():
-            raise ValueError("the training part has no judged label: nothing to learn from.")
-        if not (val_set.targets >= 0.5).any():
-            raise ValueError("no label is present in the validation part: nothing to select by.")
         self.config, self.run_dir, self.val_set = config, Path(run_dir), val_set
         self.run_dir.mkdir(parents=True, exist_ok=True)
         # accelerate keeps one global state a process; a notebook may train more than once.
@@ -2234,18 +2481,31 @@ class Trainer:
         GradientState._reset_state()
         precision = fast_precision(model) if config.precision == "auto" else config.precision
         self.accelerator = Accelerator(
-            mixed_precision=precision, gradient_accumulation_steps=config.grad_accum_steps
+            mixed_precision=precision,
+            gradient_accumulation_steps=config.grad_accum_steps,
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
         )
         set_seed(config.seed)
-        self._prepare_loss(train_set)
+        self.metric = "val_top1" if config.loss == "ce" else "val_mAP"
+        self.prepare_loss(train_set)
         self._prepare_model(model, train_set)
         self.epoch, self.step, self.best, self.history = 0, 0, -np.inf, []
+        self.stopped = False  # by hand, before its end
 
-    def _prepare_loss(self, train_set: DataPartition) -> None:
+    def prepare_loss(self, train_set: DataPartition) -> None:
+        """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
         config, targets = self.config, train_set.targets
+        if not (targets >= 0).any():
+            raise ValueError("the training part has no judged label: nothing to learn from.")
+        if not (self.val_set.targets >= 0.5).any():
+            raise ValueError("no label is present in the validation part: nothing to select by.")
+        if config.loss == "ce":
+            for name, part in (("training", train_set), ("validation", self.val_set)):
+                _check_exclusive(part, name)
         mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
         soft = mixes or bool(((targets > 0) & (targets < 1)).any())
-        loss = MaskedLoss(config.loss, targets, config.class_weights, soft, **config.loss_kwargs)
+        options = config.loss_kwargs | {"label_smoothing": config.label_smoothing}
+        loss = MaskedLoss(config.loss, targets, config.class_weights, soft, **options)
         self.criterion = loss.to(self.accelerator.device)
         alphas = config.mixup_alpha, config.cutmix_alpha
         self.mixup = TriStateMixup(targets.shape[1], *alphas) if mixes else None
@@ -2266,17 +2526,29 @@ class Trainer:
         loader = make_loader(train_set, config.batch_size, True, config.num_workers, config.seed)
         self.generator = loader.generator
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        for name in ("forward", "_original_forward"):  # accelerate's autocast, which is called here
+            self.plain.__dict__.pop(name, None)  # anyway; they would tie the model to itself, so
+            # that its memory is not free when it is let go
         self.steps_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
-        warmup = {"warmup_epochs": min(config.warmup_epochs, config.epochs - 1), "warmup_lr": 0.0}
-        steps = {"step_on_epochs": False, "updates_per_epoch": self.steps_per_epoch}
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, "cosine", config.epochs, **warmup, **steps
-        )
+        self.scheduler = _make_schedule(self.optimizer, config, self.steps_per_epoch)
 
-    def fit(self) -> pd.DataFrame:
+    def learning_rates(self) -> np.ndarray:
+        """Return the rates that the optimizer gets at each step of the run, (steps, groups)."""
+        rates = []
+        for step in range(self.config.epochs * self.steps_per_epoch):
+            self.scheduler.step_update(step)
+            rates.append([group["lr"] for group in self.optimizer.param_groups])
+        self.scheduler.step_update(self.step)
+        return np.array(rates)
+
+    def fit(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Train from the start and return the history; the model then holds the best weights.
 
-        A KeyboardInterrupt (the stop button) ends training early and keeps the best weights.
+        A KeyboardInterrupt (the stop button) ends training early, keeps the best weights and sets
+        `stopped`, which a loop over trainings should ask.
+
+        Args:
+            after_epoch: called with each new row of the history; what it raises ends the training.
         """
         if self.history:
             raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
@@ -2284,10 +2556,10 @@ class Trainer:
             for old in ("last", "last.tmp"):
                 _remove_resume_point(self.run_dir / old)
             _write_json(self.run_dir / "config.json", asdict(self.config))
-        return self._run()
+        return self._run(after_epoch)
 
-    def resume(self) -> pd.DataFrame:
-        """Go on from last/ and return the whole history.
+    def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
+        """Go on from last/ and return the whole history; `after_epoch` as in `fit`.
 
         Raises:
             FileNotFoundError: no complete resume point.
@@ -2298,19 +2570,37 @@ class Trainer:
         if last is None:
             raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
         saved = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
+        saved = asdict(TrainConfig()) | saved  # options that are newer than the run
         free = {"patience", "num_workers", "compile"}
         changed = [k for k, v in asdict(self.config).items() if saved.get(k) != v and k not in free]
         if changed:
             fix = "restore it to resume, or call fit() to start again"
             raise ValueError(f"{self.run_dir} was trained with another {_some(changed)}; {fix}.")
+        state = json.loads((last / "trainer.json").read_text(encoding="utf-8"))
+        self._check_machine(state)
         self.accelerator.load_state(str(last))
         if self.ema is not None:
             weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
             self.ema.module.load_state_dict(weights)
-        state = json.loads((last / "trainer.json").read_text(encoding="utf-8"))
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.history = state["history"]
-        return self._run()
+        return self._run(after_epoch)
+
+    def _check_machine(self, state: dict[str, Any]) -> None:
+        """Refuse what would not go on as it began: other processes, or fp16 on one side only."""
+        now, before = self._machine(), {**self._machine(), **state}
+        fix = "resume as it was trained, or call fit() to start again"
+        if now["processes"] != before["processes"]:
+            found = f"{before['processes']} processes, and now there are {now['processes']}"
+            raise ValueError(f"{self.run_dir} was trained with {found}; {fix}.")
+        if (now["precision"] == "fp16") != (before["precision"] == "fp16"):
+            found = f"{before['precision']!r}, and precision is now {now['precision']!r}"
+            raise ValueError(f"{self.run_dir} was trained with {found}; {fix}.")
+
+    def _machine(self) -> dict[str, Any]:
+        """Return what the machine, and not the configuration, decides."""
+        accelerator = self.accelerator
+        return {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
 
     def predict(self, dataset: DataPartition, weights: str = "current") -> np.ndarray:
         """Return probabilities (N, L) in the order of `dataset`.
@@ -2319,26 +2609,33 @@ class Trainer:
             dataset: its transform should be the one for evaluation.
             weights: "current", or "ema" for the moving average.
         """
+        return _to_probs(self._predict_logits(dataset, weights), self.config.loss == "ce")
+
+    def _predict_logits(self, dataset: DataPartition, weights: str) -> torch.Tensor:
         model = self.ema.module if weights == "ema" else self.model
         model.eval()
+        if weights == "ema" and self.accelerator.num_processes > 1:  # each has its own batch norm
+            for buffer in model.buffers():
+                buffer.copy_(broadcast(buffer))
         loader = make_loader(dataset, self.config.batch_size, num_workers=self.config.num_workers)
         accelerator = self.accelerator
         processes = accelerator.num_processes, accelerator.process_index
-        loader = prepare_data_loader(loader, accelerator.device, *processes, put_on_device=True)
+        options = {"put_on_device": True, "non_blocking": True}
+        loader = prepare_data_loader(loader, accelerator.device, *processes, **options)
         if not len(dataset):
-            return np.empty((0, len(dataset.label_columns)), np.float32)
+            return torch.empty(0, len(dataset.label_columns))
         logits = []
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
                 logits.append(accelerator.gather_for_metrics(model(self._arrange(images))))
-        return torch.cat(logits).float().sigmoid().cpu().numpy()
+        return torch.cat(logits).float()
 
     def _arrange(self, images: torch.Tensor) -> torch.Tensor:
         if self.channels_last:
             return images.contiguous(memory_format=torch.channels_last)
         return images
 
-    def _run(self) -> pd.DataFrame:
+    def _run(self, after_epoch: Callable[[dict[str, float]], None] | None) -> pd.DataFrame:
         """Train the remaining epochs."""
         self.accelerator.gradient_accumulation_steps = self.config.grad_accum_steps
         config, main = self.config, self.accelerator.is_main_process
@@ -2350,47 +2647,74 @@ class Trainer:
             with bar:
                 while self.epoch < config.epochs and self._waited() < config.patience:
                     self._run_epoch(bar)
+                    if after_epoch is not None:
+                        after_epoch(dict(self.history[-1]))
         except KeyboardInterrupt:
+            self.stopped = True
             kept = f"{self.run_dir} keeps finished epochs, Trainer.resume() goes on from there."
             kept = kept if self.history else "nothing is kept."
             print(f"Stopped in epoch {self.epoch + 1};", kept)
+            if self.accelerator.num_processes > 1:  # the others may be anywhere: none waits
+                raise
         self.accelerator.wait_for_everyone()
         best = self.run_dir / "best_model.pt"
         if self.history and best.is_file():
             self.plain.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
         return pd.DataFrame(self.history)
 
+    def _score(self, row: dict[str, float]) -> float:
+        """Return what is best when highest."""
+        return -row[self.metric] if self.metric == "val_loss" else row[self.metric]
+
     def _waited(self) -> int:
         """Return the number of epochs since the best one."""
-        scores = [row["val_mAP"] for row in self.history]
+        scores = [self._score(row) for row in self.history]
         return len(scores) - 1 - int(np.argmax(scores)) if scores else 0
 
     def _run_epoch(self, bar: tqdm) -> None:
         start = time.perf_counter()
         train_loss = self._train_epoch(bar)
         seconds = time.perf_counter() - start
-        weights = "ema" if self.ema is not None else "current"
-        probs = self.predict(self.val_set, weights)
-        score = mean_average_precision(self.val_set.targets, probs)
+        scores = self.validate()
         self.epoch += 1
         rate = max(g["lr"] / g.get("lr_scale", 1.0) for g in self.optimizer.param_groups)
         row = {"epoch": self.epoch, "step": self.step, "learning_rate": rate}
-        row |= {"train_loss": train_loss, "val_loss": self._val_loss(probs), "val_mAP": score}
+        row |= {"train_loss": train_loss, **scores}
         row |= {"seconds": seconds, "images_per_second": len(self.loader.dataset) / seconds}
-        if score > self.best:
+        if self._score(row) > self.best:
             self._save_best()
-            self.best = score
+            self.best = self._score(row)
         self.history.append(row)
         self._save_last()
-        shown = {"epoch": self.epoch, "loss": f"{train_loss:.3f}", "mAP": f"{score:.3f}"}
+        shown = {"epoch": self.epoch, "loss": f"{train_loss:.3f}"}
+        shown |= {self.metric: f"{row[self.metric]:.3f}"}
         bar.set_postfix(shown, refresh=False)  # short trainings need no bar
 
-    def _val_loss(self, probs: np.ndarray) -> float:
-        logits = torch.from_numpy(probs).double().logit(eps=1e-7).float()
-        device = self.accelerator.device
-        return self.criterion(
-            logits.to(device), torch.tensor(self.val_set.targets).to(device)
-        ).item()
+    def validate(self) -> dict[str, float]:
+        """Return the validation scores of an epoch: `metric` and whatever else history shall hold.
+
+        Here val_loss and val_mAP; with loss="ce" val_top1 and val_top5 as well.
+        """
+        logits = self._predict_logits(self.val_set, "ema" if self.ema is not None else "current")
+        targets = torch.tensor(self.val_set.targets, device=logits.device)
+        exclusive = self.config.loss == "ce"
+        probs = _to_probs(logits, exclusive)
+        scores = {"val_loss": self.criterion(logits, targets).item()}
+        scores |= {"val_mAP": mean_average_precision(self.val_set.targets, probs)}
+        if exclusive:
+            judged = ~targets.isnan().any(1)
+            shares = accuracy(logits[judged], targets[judged].argmax(1), topk=(1, 5))
+            scores |= {f"val_top{k}": share.item() / 100 for k, share in zip((1, 5), shares)}
+        return scores
+
+    def training_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a batch, a number; called where gradients are recorded."""
+        pairs = len(images) // 2 * 2  # timm mixes pairs; the last of an odd batch stays
+        if self.mixup is not None and pairs:
+            images[:pairs], targets[:pairs] = self.mixup(images[:pairs], targets[:pairs])
+        with self.accelerator.autocast():
+            logits = self.model(self._arrange(images))
+        return self.criterion(logits, targets)
 
     def _train_epoch(self, bar: tqdm) -> float:
         """Return the mean loss of one epoch."""
@@ -2398,15 +2722,12 @@ class Trainer:
         self.generator.manual_seed(self.config.seed + 7919 * (self.epoch + 1))
         self.model.train()
         self.model.zero_grad()  # of a batch that an interrupt broke off
-        total, n_images = 0.0, 0
+        if self.accelerator.scaler is not None:  # fp16: that batch may be half unscaled
+            self.accelerator.scaler._per_optimizer_states.clear()
+        sums = torch.zeros(2, device=self.accelerator.device)  # of losses, of images
         for images, targets in self.loader:
-            pairs = len(images) // 2 * 2  # timm mixes pairs; the last of an odd batch stays
-            if self.mixup is not None and pairs:
-                images[:pairs], targets[:pairs] = self.mixup(images[:pairs], targets[:pairs])
             with self.accelerator.accumulate(self.model):
-                with self.accelerator.autocast():
-                    logits = self.model(self._arrange(images))
-                loss = self.criterion(logits, targets)
+                loss = self.training_loss(images, targets)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.config.clip_grad:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -2414,9 +2735,11 @@ class Trainer:
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 self._after_step()
-            total, n_images = total + loss.detach() * len(images), n_images + len(images)
+            sums[0] += loss.detach() * len(images)
+            sums[1] += len(images)
             bar.update()
-        mean = float(total) / n_images  # looked at once an epoch: each look waits for the GPU
+        total, n_images = self.accelerator.reduce(sums).tolist()  # of all processes
+        mean = total / n_images  # looked at once an epoch: each look waits for the GPU
         if not np.isfinite(mean):
             problem = f"the loss became {mean} in epoch {self.epoch + 1}"
             raise FloatingPointError(f"{problem}; lower learning_rate.")
@@ -2445,7 +2768,8 @@ class Trainer:
             if self.ema is not None:
                 torch.save(self.ema.module.state_dict(), temporary / "ema.pt")
             state = {"epoch": self.epoch, "step": self.step, "best": self.best}
-            _write_json(temporary / "trainer.json", {**state, "history": self.history})
+            state |= {**self._machine(), "history": self.history}
+            _write_json(temporary / "trainer.json", state)
             _remove_resume_point(last)
             os.replace(temporary, last)
             with replacing(self.run_dir / "history.csv") as path:
@@ -2485,10 +2809,15 @@ def mean_average_precision(targets: np.ndarray, probs: np.ndarray) -> float:
     return float(np.nanmean(ap)) if np.isfinite(ap).any() else float("nan")
 
 
+def _most_probable(probs: np.ndarray) -> np.ndarray:
+    """Return (N, L), true once a row."""
+    return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]
+
+
 def _replicates(
     targets: np.ndarray,
     probs: np.ndarray,
-    thresholds: float | Sequence[float],
+    thresholds: float | Sequence[float] | str,
     groups: Sequence | None,
     n_bootstrap: int,
     seed: int,
@@ -2496,7 +2825,8 @@ def _replicates(
     """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
     targets, probs = np.asarray(targets, float), np.asarray(probs, float)
     known, true = ~np.isnan(targets), targets >= 0.5
-    predicted = probs >= np.asarray(thresholds, float)
+    is_top1 = isinstance(thresholds, str) and thresholds == "argmax"
+    predicted = _most_probable(probs) if is_top1 else probs >= np.asarray(thresholds, float)
     index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
     n_groups = index.max() + 1
     rng = np.random.default_rng(seed)
@@ -2534,7 +2864,7 @@ def score_labels(
     targets: np.ndarray,
     probs: np.ndarray,
     label_columns: Sequence[str],
-    thresholds: float | Sequence[float] = 0.5,
+    thresholds: float | Sequence[float] | str = 0.5,
     groups: Sequence | None = None,
     n_bootstrap: int = 500,
     seed: int = 42,
@@ -2545,7 +2875,8 @@ def score_labels(
         targets: (N, L), NaN for unknown; soft targets count as present from 0.5.
         probs: (N, L).
         label_columns: L names.
-        thresholds: present means prob >= threshold; one for all or one a label.
+        thresholds: present means prob >= threshold; one for all or one a label. "argmax": the most
+            probable class is present, for classes that exclude each other.
         groups: (N,) groups that the bootstrap draws whole, e.g. panoramas; None draws rows.
         n_bootstrap: bootstrap samples behind the 95 % intervals; 0 for none.
         seed: of the bootstrap.
@@ -2569,7 +2900,7 @@ def score_labels(
 def summarize_scores(
     targets: np.ndarray,
     probs: np.ndarray,
-    thresholds: float | Sequence[float] = 0.5,
+    thresholds: float | Sequence[float] | str = 0.5,
     groups: Sequence | None = None,
     n_bootstrap: int = 500,
     seed: int = 42,
@@ -2579,7 +2910,7 @@ def summarize_scores(
     Returns:
         value, low, high (95 %) and labels (how many of L were judged) for mAP, macro F1, micro F1,
         Hamming loss (share of wrong cells) and exact match (share of images whose known cells are
-        all right).
+        all right; with "argmax" the top-1 accuracy).
     """
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     names = ["mAP", "macro F1", "micro F1", "Hamming loss", "exact match"]
@@ -2696,7 +3027,7 @@ def to_panorama_level(
     """
     images = df["image_path"].rename("image")
     targets = combine_halves(pd.concat([images, df[list(label_columns)]], axis=1))
-    panorama = images.map(lambda path: _HALF.sub("", _without_suffix(path)))
+    panorama = images.map(panorama_name)
     highest = pd.DataFrame(probs).groupby(panorama.to_numpy(), sort=False).max()
     return targets[list(label_columns)].to_numpy(float), highest.to_numpy()
 
@@ -2748,34 +3079,41 @@ class Classifier:
         thresholds: one a label; present means prob >= threshold.
         view: "half" or "panorama", what the model was trained on.
         panorama_thresholds: for whole panoramas answered by a half model; None: `thresholds`.
+        activation: "sigmoid", or "softmax" for classes that exclude each other: the most probable
+            one is present, and there are no thresholds.
     """
 
     def __init__(
         self,
         model: nn.Module,
         labels: Sequence[str],
-        thresholds: Sequence[float],
+        thresholds: Sequence[float] = (),
         view: str = "half",
         panorama_thresholds: Sequence[float] | None = None,
+        activation: str = "sigmoid",
     ) -> None:
         _check_choice("view", view, VIEWS)
-        if not len(labels) == len(thresholds) == model.spec["num_labels"]:
-            counts = f"{len(labels)} labels, {len(thresholds)} thresholds"
+        _check_choice("activation", activation, ("sigmoid", "softmax"))
+        n_thresholds = len(labels) if activation == "sigmoid" else 0
+        if len(labels) != model.spec["num_labels"] or len(thresholds) != n_thresholds:
+            counts = f"{len(labels)} labels, {len(thresholds)} thresholds ({activation})"
             raise ValueError(f"{counts} and {model.spec['num_labels']} logits do not match.")
-        self.labels, self.view = list(labels), view
+        self.labels, self.view, self.activation = list(labels), view, activation
         self.thresholds = np.asarray(thresholds, float)
         own = self.thresholds if panorama_thresholds is None else panorama_thresholds
         self.panorama_thresholds = np.asarray(own, float)
-        if self.panorama_thresholds.shape != (len(self.labels),):
+        if self.panorama_thresholds.shape != (n_thresholds,):
             raise ValueError(f"{len(own)} panorama_thresholds, {len(labels)} labels do not match.")
-        accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        self.device = next((name for name, found in accelerators.items() if found), "cpu")
+        self.device = _fastest_device()
         layout = torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
         self.model = model.to(self.device, memory_format=layout).eval()
         self.transform = make_transforms(model, train=False)
 
     def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
-        """Write best_model.pt and best_classifier.json (with the validation scores `metrics`)."""
+        """Write best_model.pt and best_classifier.json (with the validation scores `metrics`).
+
+        In a script of several processes, call it in the main one only.
+        """
         run_dir = Path(run_dir)
         digest = _save_weights(self.model, run_dir / "best_model.pt")
         config = self.model.data_config
@@ -2783,6 +3121,7 @@ class Classifier:
         content = {"format_version": FORMAT_VERSION, **self.model.spec, "labels": self.labels}
         content |= {"thresholds": self.thresholds.tolist()}
         content |= {"panorama_thresholds": self.panorama_thresholds.tolist(), "view": self.view}
+        content |= {"activation": self.activation}
         content |= {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
         content |= {"weights": "best_model.pt", "sha256": digest, "validation": metrics or {}}
         content |= {"versions": {module.__name__: module.__version__ for module in modules}}
@@ -2797,6 +3136,7 @@ class Classifier:
         probs: np.ndarray,
         view: str = "half",
         mode: str = "per_label",
+        activation: str = "sigmoid",
     ) -> "Classifier":
         """Make a classifier whose thresholds are those with the best F1 on validation.
 
@@ -2804,8 +3144,11 @@ class Classifier:
             val_set: the validation part.
             probs: (N, L), what `model` says about it.
             mode: "per_label" or "global", see `find_optimal_thresholds`.
+            activation: "softmax" for classes that exclude each other: they need no thresholds.
         """
         labels, targets = val_set.label_columns, val_set.targets
+        if activation == "softmax":
+            return cls(model, labels, view=view, activation=activation)
         own = find_optimal_thresholds(probs, targets, labels, mode)["threshold"]
         if view == "panorama":
             return cls(model, labels, own, view)
@@ -2831,6 +3174,8 @@ class Classifier:
             raise FileNotFoundError(f"{path}: no such file; run training.ipynb to make it.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and content.get("format_version") == 1:
+                content |= {"activation": "sigmoid"}
             _check_description(content)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no valid best_classifier.json: {error}") from None
@@ -2842,7 +3187,7 @@ class Classifier:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != content["sha256"]:
             raise ValueError(f"{weights}: not the file that {path.name} was saved with (sha256).")
         kwargs = {key: content[key] for key in ("num_labels", "head", "img_size")}
-        names = ("labels", "thresholds", "view", "panorama_thresholds")
+        names = ("labels", "thresholds", "view", "panorama_thresholds", "activation")
         try:
             kwargs |= content["head_kwargs"] | content["model_kwargs"]
             model = build_model(content["model_name"], pretrained=False, **kwargs)
@@ -2925,7 +3270,8 @@ class Classifier:
         index, views = self.labels.index(label), views.to(self.device)
         with torch.inference_mode():
             maps = _label_maps(self.model, views, index)
-            probs = self.model(views)[:, index].sigmoid().view(-1, 1, 1)
+            probs = _to_probs(self.model(views), self.activation == "softmax")[:, index]
+        probs = torch.tensor(probs, device=maps.device).view(-1, 1, 1)
         maps = F.interpolate(maps[:, None], views.shape[2:], mode="bilinear")[:, 0]
         maps = maps - maps.amin((1, 2), True)
         maps = maps / maps.amax((1, 2), True).clamp(min=1e-12) * probs / probs.max()
@@ -2950,12 +3296,14 @@ class Classifier:
                 if errors and unreadable == "raise":
                     raise OSError(errors[0])
                 logits = self.model(views.flatten(0, 1).to(self.device))
-                probs.append(logits.float().sigmoid().unflatten(0, views.shape[:2]).cpu().numpy())
+                found = _to_probs(logits, self.activation == "softmax")
+                probs.append(found.reshape(*views.shape[:2], -1))
         probs = np.concatenate(probs)
         return [name for name, ok in zip(names, good) if ok], probs[np.array(good, bool)], errors
 
     def _table(self, probs: np.ndarray, thresholds: np.ndarray) -> pd.DataFrame:
-        decisions = pd.DataFrame((probs >= thresholds).astype(int), columns=self.labels)
+        present = _most_probable(probs) if self.activation == "softmax" else probs >= thresholds
+        decisions = pd.DataFrame(present.astype(int), columns=self.labels)
         return decisions.join(pd.DataFrame(probs, columns=[f"{name}_prob" for name in self.labels]))
 
 
@@ -2988,12 +3336,13 @@ def _check_labels(path: Path, found: list[str], wanted: list[str]) -> None:
 
 def _check_description(content: dict) -> None:
     """Refuse a best_classifier.json that is broken or would reach outside its folder."""
-    if content["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version {content['format_version']}, expected {FORMAT_VERSION}.")
+    if content["format_version"] not in (1, FORMAT_VERSION):
+        expected = f"expected 1 or {FORMAT_VERSION}"
+        raise ValueError(f"format_version {content['format_version']}, {expected}.")
     needed = {"model_name": str, "head": str, "num_labels": int, "labels": list, "thresholds": list}
     needed |= {"weights": str, "sha256": str, "view": str, "model_kwargs": dict, "img_size": list}
     needed |= {"panorama_thresholds": list, "mean": list, "std": list, "interpolation": str}
-    needed |= {"head_kwargs": dict}
+    needed |= {"head_kwargs": dict, "activation": str}
     for key, kind in needed.items():
         if key not in content:
             raise ValueError(f"{key} is missing.")
@@ -3055,7 +3404,7 @@ def show_images(
 def _as_picture(image: Any) -> np.ndarray:
     if isinstance(image, torch.Tensor):
         low, high = image.amin((1, 2), True), image.amax((1, 2), True)
-        return ((image - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).numpy()
+        return ((image - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).cpu().numpy()
     if isinstance(image, (str, os.PathLike)):
         image = open_image(image, (384, 384))
     return np.asarray(image)
@@ -3092,13 +3441,17 @@ def plot_comparison(table: pd.DataFrame) -> plt.Figure:
 
 
 def plot_history(history: pd.DataFrame) -> plt.Figure:
-    """Draw the losses and the validation mAP of a training run, with its best epoch."""
+    """Draw the losses and the validation score of a training run, with its best epoch.
+
+    The score is the top-1 accuracy of classes that exclude each other, else the mAP.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for column in ("train_loss", "val_loss"):
         sns.lineplot(history, x="epoch", y=column, ax=left, label=column)
-    sns.lineplot(history, x="epoch", y="val_mAP", ax=right, color="tab:green")
-    best = history.loc[history["val_mAP"].idxmax()]
+    score = "val_top1" if "val_top1" in history else "val_mAP"
+    sns.lineplot(history, x="epoch", y=score, ax=right, color="tab:green")
+    best = history.loc[history[score].idxmax()]
     right.axvline(best["epoch"], ls=":", color="grey")
-    right.set_title(f"best: {best['val_mAP']:.3f} in epoch {best['epoch']:.0f}")
+    right.set_title(f"best: {best[score]:.3f} in epoch {best['epoch']:.0f}")
     left.set(ylabel="loss", title="loss")
     return figure

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 matplotlib.use("Agg")  # not by environment variable: notebook kernels would inherit that
+# Each move of a bar is three messages, which nbval reads only once the cell has ended. ZeroMQ keeps
+# a few thousand and drops the rest: on a slow machine the one that a long training is over. So bars
+# move every 30 s (in notebooks tqdm does not look at TQDM_DISABLE).
+os.environ["TQDM_MININTERVAL"] = "30"
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # unit tests compare bits; the notebooks get the GPU back
 
 NOTEBOOKS = [
     "imagesplit",
@@ -41,6 +48,17 @@ def collection_rank(path: Path) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Unit tests first, then each notebook from its first to its last cell (a stable sort)."""
     items.sort(key=lambda item: collection_rank(item.path))
+    for item in items:
+        if hasattr(item, "output_timeout"):  # a cell: nbval's 5 s are too few for a busy machine
+            item.output_timeout = 60
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Show the GPUs to the kernels of the notebooks, which come last."""
+    if item.path.suffix == ".ipynb":
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        os.environ.update({} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS})
 
 
 def _stands_alone(node: ast.stmt) -> bool:

@@ -76,7 +76,8 @@ def test_loaded_classifier_predicts_bit_for_bit_the_same(classifier, saved, phot
 
 def test_description_holds_everything_it_takes_to_build_the_model_again(saved):
     content = json.loads(saved.read_text(encoding="utf-8"))
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
+    assert content["activation"] == "sigmoid"
     assert content["model_name"] == "swinv2_tiny_window8_256"
     assert content["model_kwargs"] == SWIN
     assert content["head"] == "linear"
@@ -143,7 +144,7 @@ def test_panorama_thresholds_must_match_in_number():
 
 
 def test_probabilities_are_the_models_own(monkeypatch, photos):
-    monkeypatch.setattr(du, "fast_precision", lambda model: "no")
+    monkeypatch.setattr(du, "fast_precision", lambda *given: "no")
     model = tiny_model()
     table = du.Classifier(model, LABELS, THRESHOLDS).predict(photos[1][0])
     image = du.make_transforms(model, train=False)(du.open_image(photos[1][0]))
@@ -579,13 +580,14 @@ def test_wrong_values_are_refused(saved, tmp_path, key, value):
         "interpolation",
         "weights",
         "sha256",
+        "activation",
     ],
 )
 def test_missing_entry_is_named(saved, tmp_path, key):
     assert key in refused(tamper(saved, tmp_path, remove=[key]))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 3, "1", None, [1]])
 def test_other_format_versions_are_refused_with_both_numbers(saved, tmp_path, version):
     message = refused(tamper(saved, tmp_path, format_version=version))
     assert f"format_version {version}" in message

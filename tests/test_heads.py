@@ -677,6 +677,22 @@ def test_head_on_stored_features_gives_the_logits_of_the_whole_model():
         du.FeatureSet(features, photos.targets[:7], photos.label_columns)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "convnext_atto"])
+def test_last_layer_on_pooled_features_gives_the_logits_of_the_whole_model(name):
+    photos = Photos()
+    model = seeded(lambda: du.build_model(name, 3, pretrained=False, img_size=64)).eval()
+    with torch.inference_mode():
+        expected = model(photos.images)
+    pooled = du.extract_features(model, photos, batch_size=3, pooled=True)
+    assert pooled.shape == (8, model.num_features)
+    torch.testing.assert_close(model.get_classifier()(pooled), expected, atol=2e-2, rtol=0)
+
+
+def test_pooled_features_of_a_head_that_does_not_pool_are_refused():
+    with pytest.raises(ValueError, match="a model with a linear head"):
+        du.extract_features(build_resnet("csra"), Photos(), pooled=True)
+
+
 def test_throughput_counts_parameters_and_sets_the_first_model_to_one():
     models = {head: build_resnet(head, **HEAD_KWARGS[head]) for head in HEAD_KWARGS}
     table = du.measure_throughput(models, batch_size=2, repeats=1)

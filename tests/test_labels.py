@@ -641,7 +641,7 @@ def put_images(folder, *names, color="grey"):
 def test_class_folders_become_one_column_a_class(tmp_path):
     put_images(tmp_path, "desert/1.jpg", "sea/deep/1.JPG", "sea/2.jpeg", "loose.jpg", "sea/.3.jpg")
     (tmp_path / "sea" / "notes.txt").write_text("no image")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
     table = read_class_folders(tmp_path).set_index("image")
     assert table.to_dict("index") == {
         "desert/1.jpg": {"desert": 1, "sea": 0},
@@ -664,6 +664,62 @@ def test_folder_without_class_folders_or_a_missing_folder_is_named(tmp_path):
         read_class_folders(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         read_class_folders(tmp_path / "nowhere")
+
+
+def test_imagenet_layout_is_read_as_one_table_whose_paths_tell_the_part(tmp_path):
+    put_images(tmp_path, "train/n01/1.jpg", "train/n02/a/2.jpg", "val/n02/3.jpg", "test/4.jpg")
+    (tmp_path / "names.txt").write_text('n02 "sea, ocean"\n\nn03 bog\nn01\tdesert, dry place\n')
+    table = read_class_folders(tmp_path, tmp_path / "names.txt").set_index("image")
+    assert table.to_dict("index") == {
+        "train/n01/1.jpg": {"desert": 1, "sea": 0},
+        "train/n02/a/2.jpg": {"desert": 0, "sea": 1},
+        "val/n02/3.jpg": {"desert": 0, "sea": 1},
+    }
+    assert list(read_class_folders(tmp_path)) == ["image", "n01", "n02"]
+
+
+def test_two_classes_of_one_name_are_told_apart(tmp_path):
+    """ImageNet has two classes "crane": a bird and a machine."""
+    put_images(tmp_path, "n01/1.jpg", "n02/1.jpg", "n03/1.jpg")
+    (tmp_path / "names.txt").write_text("n01 crane\nn02 crane\nn03 tench\n")
+    table = read_class_folders(tmp_path, tmp_path / "names.txt")
+    assert list(table) == ["image", "crane (n01)", "crane (n02)", "tench"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("n01 desert\n", r"names\.txt: no line for n02"), ("n01 desert\nn02\n", "found 'n02'")],
+)
+def test_names_that_leave_a_class_out_are_refused(tmp_path, text, message):
+    put_images(tmp_path, "n01/1.jpg", "n02/1.jpg")
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_class_folders(tmp_path, tmp_path / "names.txt")
+
+
+def test_class_that_only_validation_has_is_refused(tmp_path):
+    put_images(tmp_path, "train/sea/1.jpg", "train/bog/1.jpg", "val/sea/1.jpg", "val/fen/1.jpg")
+    with pytest.raises(ValueError, match=r"val: holds classes that .*train lacks: fen; a class"):
+        read_class_folders(tmp_path)
+    (tmp_path / "val/fen/1.jpg").unlink()
+    (tmp_path / "val/fen").rmdir()
+    assert list(read_class_folders(tmp_path)) == ["image", "bog", "sea"]  # bog has no test: legal
+
+
+@pytest.mark.parametrize("name", ["image", "image_path", "group_id"])
+def test_class_folder_with_the_name_of_a_column_is_refused(tmp_path, name):
+    put_images(tmp_path, "sea/1.jpg", f"{name}/1.jpg")
+    with pytest.raises(ValueError, match=f"'{name}' is the name of a column; rename"):
+        read_class_folders(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["fen", "train/fen", "val/fen"])
+def test_class_folder_without_images_is_named(tmp_path, folder):
+    put_images(tmp_path, *(f"{part}/sea/1.jpg" for part in (["train", "val"] * ("/" in folder))))
+    put_images(tmp_path, *["sea/1.jpg"] * ("/" not in folder))
+    (tmp_path / folder).mkdir()
+    with pytest.raises(ValueError, match=f"{folder}: a class folder without images; add photos"):
+        read_class_folders(tmp_path)
 
 
 # ---------------------------------------------------------------- combine_halves

@@ -301,19 +301,18 @@ def test_killed_reviewer_loses_no_decision_already_made(tmp_path):
 def test_queue_is_entropy_times_distance_and_avoids_the_same_twice():
     probs = np.array([[0.5], [0.5], [0.9], [0.5]])
     place = np.array([10.0, 10.1, 20.0, 0.1])  # candidates on a line; one labelled photo at 0
-    distance = np.abs(place[:, None] - np.concatenate([[0], place]))
-    queue = du.rank_for_labelling(probs, distance, 3)
+    queue = du.rank_for_labelling(probs, place[:, None], np.zeros((1, 1)), 3)
     entropy = -(0.9 * math.log2(0.9) + 0.1 * math.log2(0.1))  # 0.469
     # 1 × 10.1 before 1 × 10 and 0.469 × 20; then 0.469 × 9.9 before 1 × 0.1 (twin) and 1 × 0.1
     assert queue["candidate"].tolist()[:2] == [1, 2]
     assert queue["entropy"].tolist()[:2] == pytest.approx([1, entropy])
     assert queue["distance"].tolist() == pytest.approx([10.1, 9.9, 0.1])
-    assert len(du.rank_for_labelling(probs, distance, 99)) == 4
+    assert len(du.rank_for_labelling(probs, place[:, None], np.zeros((1, 1)), 99)) == 4
 
 
 def test_queue_without_any_labelled_photo_starts_with_the_most_uncertain():
     probs = np.array([[0.99, 0.5], [0.5, 0.5], [0.5, 0.9]])
-    queue = du.rank_for_labelling(probs, np.ones((3, 3)) - np.eye(3), 3)
+    queue = du.rank_for_labelling(probs, np.eye(3), np.empty((0, 3)), 3)
     assert queue["candidate"].tolist() == [1, 2, 0]
 
 

@@ -1,5 +1,6 @@
 """Losses with unknown cells, and every promise of the training loop."""
 
+import gc
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +214,7 @@ def test_effective_number_weights_by_hand():
         assert loss == pytest.approx(raw[label] / (sum(raw) / 3) * math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ce", "BCE", "focal"])
+@pytest.mark.parametrize("name", ["mse", "BCE", "focal"])
 def test_unknown_loss_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"'{name}'"):
         du.MaskedLoss(name, TRAINING)
@@ -935,6 +937,58 @@ def test_half_precision_only_where_the_cpu_has_it_and_for_no_convolutions(
     assert du.fast_precision(convolutions) == "no"
 
 
+def test_model_that_stays_on_the_cpu_gets_the_precision_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    convolutions = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 1) for _ in range(12)))
+    assert du.fast_precision(convolutions) == "fp16"
+    assert du.fast_precision(convolutions, "cpu") == "no"
+
+
+def test_memory_of_a_model_is_free_as_soon_as_it_is_let_go(sets, tmp_path):
+    model = ChannelNet()
+    run = trainer(sets, tmp_path, model, precision="bf16", epochs=1)
+    run.fit()
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del run, model
+        assert alive() is None  # with no help of the garbage collector
+    finally:
+        gc.enable()
+
+
+def test_batch_that_was_broken_off_half_unscaled_is_forgotten(sets, tmp_path):
+    run = trainer(sets, tmp_path, epochs=1)
+    scaler = run.accelerator.scaler = torch.amp.GradScaler("cpu")
+    optimizer = run.optimizer.optimizer
+    scaler.scale(sum(p.sum() for p in run.plain.parameters())).backward()
+    scaler.unscale_(optimizer)  # here the stop button was pressed
+    with pytest.raises(RuntimeError, match="already been called"):
+        scaler.unscale_(optimizer)
+    scales = []
+    run.plain.register_forward_pre_hook(lambda *_: scales.append(len(scaler._per_optimizer_states)))
+    run.fit()
+    assert scales[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"processes": 4}, "trained with 4 processes, and now there are 1; resume as"),
+        ({"precision": "fp16"}, "trained with 'fp16', and precision is now 'no'; resume as"),
+    ],
+)
+def test_resume_on_a_machine_that_cannot_go_on_is_refused(sets, tmp_path, saved, message):
+    trainer(sets, tmp_path, epochs=1).fit()
+    path = tmp_path / "last" / "trainer.json"
+    state = json.loads(path.read_text())
+    assert (state["processes"], state["precision"]) == (1, "no")
+    path.write_text(json.dumps(state | saved))
+    with pytest.raises(ValueError, match=message):
+        trainer(sets, tmp_path, epochs=1).resume()
+
+
 def test_unknown_precision_is_refused(sets, tmp_path):
     with pytest.raises(ValueError, match="half"):
         trainer(sets, tmp_path, precision="half")
@@ -991,7 +1045,9 @@ run = t.trainer(parts, job["dir"], batch_size=2, epochs=3, patience=3)
 run.fit()
 assert run.accelerator.num_processes == 2
 assert len(run.loader) == 3
-np.save(job["dir"] + f"/probs{run.accelerator.process_index}.npy", run.predict(parts[1]))
+rank = run.accelerator.process_index
+np.save(job["dir"] + f"/probs{rank}.npy", run.predict(parts[1]))
+np.save(job["dir"] + f"/loss{rank}.npy", [row["train_loss"] for row in run.history])
 run.accelerator.wait_for_everyone()
 run.accelerator.end_training()  # or a process may abort while the other still talks to it
 os._exit(0)  # threads of torch may abort while the interpreter is taken down
@@ -1009,5 +1065,38 @@ os._exit(0)  # threads of torch may abort while the interpreter is taken down
     history = pd.read_csv(run_dir / "history.csv")
     assert history["epoch"].tolist() == [1, 2, 3]
     assert history["step"].tolist() == [3, 6, 9]  # 10 pictures, 2 × 2 at once
+    for rank in (0, 1):  # the loss is that of all processes
+        losses = np.load(run_dir / f"loss{rank}.npy")
+        assert losses == pytest.approx(history["train_loss"].tolist())
     best = history["val_mAP"].max()
     assert mean_ap(val.targets, expected) == pytest.approx(best, abs=1e-6)
+
+
+def normed_net():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8, 3))
+
+
+def test_moving_average_of_batch_norm_is_that_of_the_main_process_in_all(tables, tmp_path):
+    body = """
+import numpy as np, torch
+options = {"batch_size": 2, "epochs": 2, "ema_decay": 0.5}
+run = t.trainer(parts, job["dir"], t.normed_net(), **options)
+run.fit()
+rank = run.accelerator.process_index
+np.save(job["dir"] + f"/probs{rank}.npy", run.predict(parts[1], "ema"))
+torch.save(run.ema.module.state_dict(), job["dir"] + f"/ema{rank}.pt")
+run.accelerator.wait_for_everyone()
+run.accelerator.end_training()
+os._exit(0)
+"""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    cpu = {"ACCELERATE_USE_CPU": "true"}
+    launch(tmp_path, tables, body, launcher, env=cpu, dir=str(tmp_path))
+    model = normed_net()
+    model.load_state_dict(weights_of(tmp_path / "ema0.pt"))
+    expected = probabilities(model, du.DataPartition(tables[1], LABELS, ToUnit(False)))
+    for rank in (0, 1):
+        np.testing.assert_allclose(np.load(tmp_path / f"probs{rank}.npy"), expected, atol=1e-5)
+    assert_same_weights(weights_of(tmp_path / "ema1.pt"), weights_of(tmp_path / "ema0.pt"))

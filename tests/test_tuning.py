@@ -1,0 +1,371 @@
+"""The search of tuning.ipynb: studies that resume and are shared, failures, what it hands over."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from optuna.trial import TrialState
+from PIL import Image
+
+import data_utils as du
+
+SPACE = {
+    "LEARNING_RATE": {"low": 1e-4, "high": 1e-2, "log": True},
+    "BATCH_SIZE": {"choices": [8, 16, 32]},
+}
+DEFAULT = {"HEAD": "linear", "LEARNING_RATE": 1e-3, "WEIGHT_DECAY": 0.1, "LAYER_DECAY": None}
+DEFAULT |= {"BATCH_SIZE": 4, "RAND_AUGMENT": None, "LOSS": "bce"}
+
+
+@pytest.fixture(scope="module")
+def nb(notebook_functions):
+    return notebook_functions("tuning")
+
+
+def about(space=SPACE, **settings):
+    return {"search space": space, "settings": {"TRIAL_EPOCHS": 2, "kernel": (1, 2), **settings}}
+
+
+def draw(trial, nb):
+    values = {name: nb.suggest(trial, name, space) for name, space in SPACE.items()}
+    return -abs(np.log(values["LEARNING_RATE"] / 1e-3)) - values["BATCH_SIZE"] / 100
+
+
+def params_of(study):
+    return [trial.params for trial in study.trials]
+
+
+# ---------------------------------------------------------------- the study
+
+
+def test_study_is_reproducible_resumes_and_does_not_repeat_itself(nb, tmp_path):
+    found = {}
+    for name in ("one", "other"):
+        for _ in range(2):  # the second time it goes on
+            study = nb.open_study(tmp_path / name, "s", about(), 42)
+            study.optimize(lambda trial: draw(trial, nb), n_trials=4)
+        found[name] = params_of(study)
+    assert len(found["one"]) == 8
+    assert found["one"] == found["other"]
+    rates = [values["LEARNING_RATE"] for values in found["one"]]
+    assert len(set(rates)) == 8
+    another = nb.open_study(tmp_path / "third", "s", about(), 42 + 1000)
+    another.optimize(lambda trial: draw(trial, nb), n_trials=4)
+    assert params_of(another) != found["one"][:4]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            about({"BATCH_SIZE": SPACE["BATCH_SIZE"]}),
+            r"another search space \(\['LEARNING_RATE'\]\)",
+        ),
+        (
+            about(SPACE | {"BATCH_SIZE": {"choices": [8, 16]}}),
+            r"another search space \(\['BATCH_SIZE'\]\)",
+        ),
+        (about(TRIAL_EPOCHS=3), r"another settings \(\['TRIAL_EPOCHS'\]\)"),
+        (about(more=1), r"another settings \(\['more'\]\)"),
+    ],
+)
+def test_study_of_another_search_is_refused_in_a_sentence(nb, tmp_path, change, named):
+    nb.open_study(tmp_path, "s", about(), 42)
+    nb.open_study(tmp_path, "s", about(), 42)  # the same is welcome
+    message = rf"study\.db: study 's' was begun with {named}; restore it, or give STUDY_NAME"
+    with pytest.raises(ValueError, match=message):
+        nb.open_study(tmp_path, "s", change, 42)
+    nb.open_study(tmp_path, "new", change, 42)
+
+
+def test_processes_share_a_study(nb, tmp_path):
+    """Two real processes at once, neither finds a file; each notes which trials it ran."""
+    code = """
+import os, sys, time
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import optuna
+from conftest import load_notebook_functions
+import test_tuning as t
+nb = load_notebook_functions("tuning")
+study = nb.open_study(sys.argv[2], "s", t.about(), 42 + 1000 * int(sys.argv[3]))
+
+def objective(trial):
+    trial.set_user_attr("worker", int(sys.argv[3]))
+    time.sleep(0.05)
+    return t.draw(trial, nb)
+
+states = (optuna.trial.TrialState.COMPLETE,)
+enough = optuna.study.MaxTrialsCallback(10, states)
+study.optimize(objective, None, callbacks=[enough])
+"""
+    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(worker)]) for worker in (0, 1)]
+    assert [process.wait(300) for process in processes] == [0, 0]
+    trials = nb.open_study(tmp_path, "s", about(), 42).trials
+    assert 10 <= len(trials) <= 11  # the last two may end together
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    assert {trial.user_attrs["worker"] for trial in trials} == {0, 1}
+    rates = [trial.params["LEARNING_RATE"] for trial in trials]
+    assert len(set(rates)) == len(trials)
+
+
+def test_trial_of_a_killed_process_is_failed_when_the_search_goes_on(nb, tmp_path):
+    code = """
+import sys, time
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from conftest import load_notebook_functions
+import test_tuning as t
+study = load_notebook_functions("tuning").open_study(sys.argv[2], "s", t.about(), 42)
+study.optimize(lambda trial: print("begun", flush=True) or time.sleep(600), n_trials=1)
+"""
+    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    with sqlite3.connect(tmp_path / "study.db", timeout=60) as file:
+        for _ in range(100):  # its first heartbeat comes from a thread
+            if file.execute("SELECT COUNT(*) FROM trial_heartbeats").fetchone()[0]:
+                break
+            time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with sqlite3.connect(tmp_path / "study.db") as file:  # an hour later
+        file.execute("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
+    study = nb.open_study(tmp_path, "s", about(), 42)
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
+    study.optimize(lambda trial: draw(trial, nb), n_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+# ---------------------------------------------------------------- a trial
+
+
+@pytest.mark.parametrize(
+    ("space", "kind", "is_inside"),
+    [
+        ({"choices": [None, 0.9]}, (type(None), float), lambda v: v in (None, 0.9)),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, float, lambda v: 1e-4 <= v <= 1e-2),
+        ({"low": 0.5, "high": 1}, float, lambda v: 0.5 <= v <= 1),
+        ({"low": 2, "high": 5}, int, lambda v: 2 <= v <= 5),
+    ],
+)
+def test_values_are_drawn_from_their_space(nb, space, kind, is_inside):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    drawn = [nb.suggest(study.ask(), "x", space) for _ in range(50)]
+    assert all(isinstance(value, kind) and is_inside(value) for value in drawn)
+    assert len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), FloatingPointError("nan"), MemoryError("full")]
+)
+def test_failed_trial_is_recorded_with_its_reason_and_the_study_goes_on(nb, error):
+    def objective(trial):
+        if trial.number == 1:
+            raise error
+        return 1.0
+
+    study = optuna.create_study(direction="maximize")
+    study.optimize(nb.recording(objective), n_trials=3, catch=nb.FAILURES)
+    complete, failed = TrialState.COMPLETE, TrialState.FAIL
+    assert [trial.state for trial in study.trials] == [complete, failed, complete]
+    assert study.trials[1].user_attrs["error"] == f"{type(error).__name__}: {error}"
+
+
+def raising(error):
+    def objective(trial):
+        raise error
+
+    return objective
+
+
+@pytest.mark.parametrize(
+    "text", ["[enforce fail] can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"]
+)
+def test_memory_that_runs_out_in_other_words_is_recorded_too(nb, text):
+    study = optuna.create_study()
+    study.optimize(nb.recording(raising(RuntimeError(text))), n_trials=2, catch=nb.FAILURES)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 2
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("oops"), RuntimeError("shapes differ"), ValueError("no")]
+)
+def test_mistake_in_the_code_ends_the_search(nb, error):
+    study = optuna.create_study()
+    with pytest.raises(type(error), match=str(error.args[0])):
+        study.optimize(nb.recording(raising(error)), n_trials=2, catch=nb.FAILURES)
+    assert len(study.trials) == 1
+
+
+def test_pruner_of_the_study_judges_from_the_second_epoch_on(nb, tmp_path):
+    study = nb.open_study(tmp_path, "s", about(), 42)
+    for _ in range(4):
+        trial = study.ask()
+        for epoch in (1, 2, 3):
+            trial.report(0.5 + epoch / 10, epoch)
+        study.tell(trial, 0.8)
+    bad = study.ask()
+    bad.report(0.1, 1)
+    assert not bad.should_prune()
+    bad.report(0.1, 2)
+    assert bad.should_prune()
+    good = study.ask()
+    good.report(0.9, 2)
+    assert not good.should_prune()
+
+
+class FakeTrainer:
+    scores = (0.2, 0.6, 0.4)
+    stopped = False
+
+    def fit(self, report):
+        rows = []
+        for epoch, score in enumerate(self.scores, start=1):
+            rows.append({"epoch": epoch, "val_mAP": score})
+            report(rows[-1])
+        return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def trial_nb(nb, monkeypatch):
+    values = {"default": DEFAULT, "SEARCH_SPACE": SPACE, "TRIAL_EPOCHS": 3, "seen": []}
+    for name, value in values.items():
+        monkeypatch.setattr(nb, name, value, raising=False)
+
+    def build_trainer(values, folder, seed):
+        nb.seen.append(values)
+        return FakeTrainer()
+
+    monkeypatch.setattr(nb, "build_trainer", build_trainer)
+    return nb
+
+
+def test_trial_reports_every_epoch_and_returns_its_best(trial_nb):
+    study = optuna.create_study(direction="maximize")
+    study.optimize(trial_nb.train_trial, n_trials=1)
+    trial = study.trials[0]
+    assert trial.intermediate_values == {1: 0.2, 2: 0.6, 3: 0.4}
+    assert trial.value == 0.6
+    assert trial_nb.seen == [DEFAULT | trial.params]
+
+
+def test_pruner_ends_a_trial_between_epochs(trial_nb):
+    pruner = optuna.pruners.ThresholdPruner(lower=0.5, n_warmup_steps=1)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    study.optimize(trial_nb.train_trial, n_trials=1)
+    assert study.trials[0].state == TrialState.PRUNED
+    assert study.trials[0].intermediate_values == {1: 0.2}
+
+
+def test_stop_button_ends_the_search_and_not_only_a_trial(trial_nb, monkeypatch):
+    monkeypatch.setattr(FakeTrainer, "scores", (0.2,))  # Trainer.fit() returns early
+    monkeypatch.setattr(FakeTrainer, "stopped", True)
+    study = optuna.create_study(direction="maximize")
+    with pytest.raises(KeyboardInterrupt):
+        study.optimize(trial_nb.recording(trial_nb.train_trial), 5, catch=trial_nb.FAILURES)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+    assert study.trials[0].user_attrs["error"] == "KeyboardInterrupt"
+
+
+LABELS = ["red", "green"]
+SWIN = {"window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}
+
+
+@pytest.fixture
+def real_nb(nb, monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        target = [i % 2, i // 2 % 2]
+        pixels = rng.integers(0, 60, (32, 32, 3)) + 150 * np.array([*target, 0])
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append([str(tmp_path / f"{i}.png"), *target])
+    table = pd.DataFrame(rows, columns=["image_path", *LABELS])
+    values = {"parts": {"train": table, "val": table}, "label_columns": LABELS, "VIEW": "half"}
+    values |= {"MODEL_NAME": "swinv2_tiny_window8_256", "MODEL_KWARGS": SWIN, "IMG_WIDTH": 32}
+    values |= {"HEAD_KWARGS": {"csra": {"lam": 0.3}}, "PRETRAINED": False, "CACHE_DIR": None}
+    values |= {"TRIAL_EPOCHS": 2, "default": DEFAULT, "SEARCH_SPACE": SPACE}
+    for name, value in values.items():
+        monkeypatch.setattr(nb, name, value, raising=False)
+    return nb
+
+
+def test_every_searched_value_reaches_the_training(real_nb, tmp_path):
+    values = {"HEAD": "csra", "LEARNING_RATE": 0.01, "WEIGHT_DECAY": 0.3, "LAYER_DECAY": 0.5}
+    values |= {"BATCH_SIZE": 3, "RAND_AUGMENT": "rand-m5-n1", "LOSS": "asl"}
+    run = real_nb.build_trainer(values, tmp_path / "run", 7)
+    assert run.plain.spec["head"] == "csra"
+    assert run.plain.spec["head_kwargs"] == {"lam": 0.3}
+    groups = run.optimizer.param_groups
+    assert max(group["weight_decay"] for group in groups) == 0.3
+    full = run.learning_rates().max(0)
+    assert full.max() / full.min() > 2  # layers below learn at half the rate and less
+    config = run.config
+    assert (config.learning_rate, config.batch_size, config.loss) == (0.01, 3, "asl")
+    assert (config.seed, config.epochs, config.patience) == (7, 2, 2)
+    steps = [type(step).__name__ for step in run.loader.dataset.transform.transforms]
+    assert "RandAugment" in steps
+    assert "RandAugment" not in [type(s).__name__ for s in run.val_set.transform.transforms]
+
+
+def test_real_trial_trains(real_nb):
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({"LEARNING_RATE": 1e-3, "BATCH_SIZE": 8})
+    study.optimize(real_nb.train_trial, n_trials=1)
+    trial = study.trials[0]
+    assert list(trial.intermediate_values) == [1, 2]
+    assert trial.value == max(trial.intermediate_values.values())
+
+
+# ---------------------------------------------------------------- what other notebooks take
+
+
+def write(tmp_path, content):
+    path = tmp_path / "best_parameters.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_found_values_come_back_by_their_names(tmp_path):
+    path = write(tmp_path, DEFAULT)
+    found = du.read_tuned(path, "linear", [*DEFAULT, "N_EPOCHS"])
+    assert found == {name: value for name, value in DEFAULT.items() if name != "HEAD"}
+
+
+@pytest.mark.parametrize("notebook", ["training", "csra", "mldecoder"])
+def test_notebooks_know_every_name_that_the_search_hands_over(notebook_functions, notebook):
+    known = vars(notebook_functions(notebook))
+    assert DEFAULT.keys() - {"HEAD"} <= known.keys()
+    assert "TUNED" in known
+
+
+@pytest.mark.parametrize(
+    ("content", "head", "message"),
+    [
+        (DEFAULT, "csra", r"found for HEAD='linear', not 'csra'; use training\.ipynb"),
+        (DEFAULT | {"HEAD": "mldecoder"}, "linear", r"use mldecoder\.ipynb"),
+        (DEFAULT | {"N_HEADS": 1}, "linear", "no parameter N_HEADS"),
+        ("{", "linear", r"no best_parameters\.json of tuning\.ipynb"),
+        ([1], "linear", r"no best_parameters\.json"),
+        ({"LEARNING_RATE": 1}, "linear", r"no best_parameters\.json"),
+    ],
+)
+def test_file_that_does_not_fit_is_refused_in_a_sentence(tmp_path, content, head, message):
+    with pytest.raises(ValueError, match=rf"best_parameters\.json: .*{message}"):
+        du.read_tuned(write(tmp_path, content), head, DEFAULT)
+
+
+def test_missing_file_names_the_notebook_that_makes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run tuning\.ipynb"):
+        du.read_tuned(tmp_path / "gone.json", "linear", DEFAULT)
