@@ -2016,6 +2016,8 @@ def build_model(
     foreign = kwargs.keys() & {option for other in HEADS for option in _head_options(other)}
     if foreign:
         raise ValueError(f"the {head} head has no option {_some(sorted(foreign))}.")
+    if pretrained and pretrained is not True:
+        kwargs = _pretrained_windows(name, Path(pretrained)) | kwargs
     model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
     if pretrained:
         _load_pretrained(model, name, pretrained, num_labels)
@@ -2091,6 +2093,33 @@ def _load_pretrained(
             f"({type(error).__name__}: {str(error)[:200]}). Check the connection, give a local "
             "weight file as PRETRAINED, or set PRETRAINED = False."
         ) from error
+
+
+def _pretrained_windows(name: str, path: Path) -> dict[str, Any]:
+    """Return timm's option for the windows that a SwinV2 file was trained in, where it tells them.
+
+    SwinV2 measures positions in shares of the pretraining window, so that a larger window goes on
+    where the smaller one ended. The authors' files and those of pretraining.ipynb hold each block's
+    table of offsets, sign(x) log2(8 |x| / (window - 1) + 1) / log2(8) for x in pixels of the
+    feature map (Liu et al. 2022, arXiv 2111.09883, eq. 4, scaled as in their code).
+    """
+    is_swin_v2 = timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2")
+    if not is_swin_v2 or not path.is_file():
+        return {}
+    with contextlib.suppress(Exception):  # a file that cannot be read is named when it is loaded
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+        tables, key = [], "layers.{}.blocks.0.attn.relative_coords_table"
+        while key.format(len(tables)) in state:
+            tables.append(state[key.format(len(tables))][0])  # (2 h - 1, 2 w - 1, 2)
+        windows = [[_window(t[:, 0, 0]), _window(t[0, :, 1])] for t in tables]
+        return {"pretrained_window_sizes": windows} if windows else {}
+    return {}
+
+
+def _window(offsets: torch.Tensor) -> int:
+    """Return the window whose offsets of -x to x pixels these are, see `_pretrained_windows`."""
+    most = len(offsets) // 2
+    return round(1 + 8 * most / (8 ** offsets[-1].item() - 1)) if most else 1
 
 
 def _load_file(model: nn.Module, name: str, path: Path, filter_fn: Callable | None) -> None:

@@ -286,7 +286,7 @@ def test_names_without_decay_really_get_none(nb, photos, tmp_path):
 def saved_backbone(nb, kind, folder, size=(32, 64)):
     model = nb.SimMIM(backbone_of(kind, size), 16)
     path = folder / "pretrained.pt"
-    torch.save(model.encoder.backbone.state_dict(), path)
+    nb.save_backbone(model.encoder.backbone, path)
     return model.encoder.backbone, path
 
 
@@ -326,21 +326,53 @@ def test_position_embedding_of_vit_is_resized(nb, tmp_path):
             assert same > 0.9
 
 
+def offset_bias(model):
+    """Return the bias of every offset of the first block's window, (2w-1, 2w-1, heads)."""
+    attention = model.layers[0].blocks[0].attn
+    with torch.no_grad():
+        return attention.cpb_mlp(attention.relative_coords_table)[0]
+
+
 def test_swinv2_computes_the_same_bias_for_the_same_offset_in_a_larger_window(nb, tmp_path):
     backbone, path = saved_backbone(nb, "swinv2", tmp_path)
     name, options = BACKBONES["swinv2"]
-    larger = {**options, "window_size": 8, "pretrained_window_sizes": (4, 4)}
-    model = du.build_model(name, 3, pretrained=path, img_size=(64, 64), **larger)
-
-    def bias(attention):
-        with torch.no_grad():
-            return attention.cpb_mlp(attention.relative_coords_table)[0]  # (2w-1, 2w-1, heads)
-
-    small = bias(backbone.layers[0].blocks[0].attn)
-    large = bias(model.layers[0].blocks[0].attn)
+    options = {**options, "window_size": 8}
+    model = du.build_model(name, 3, pretrained=path, img_size=(64, 64), **options)
+    small, large = offset_bias(backbone), offset_bias(model)
     assert small.shape[:2] == (7, 7)
     assert large.shape[:2] == (15, 15)
     torch.testing.assert_close(large[4:-4, 4:-4], small)
+    # twice: the file of the larger window still counts from the first
+    nb.save_backbone(model, tmp_path / "again.pt")
+    again = du.build_model(name, 3, pretrained=tmp_path / "again.pt", img_size=64, **options)
+    torch.testing.assert_close(offset_bias(again), large)
+    # without any table the positions are shares of the new window
+    torch.save(backbone.state_dict(), path)
+    bare = du.build_model(name, 3, pretrained=path, img_size=(64, 64), **options)
+    torch.testing.assert_close(offset_bias(bare)[::14, ::14], small[::6, ::6])
+    assert not torch.allclose(offset_bias(bare), large)
+
+
+def test_window_of_pretraining_is_known_to_the_saved_classifier(nb, tmp_path):
+    _, path = saved_backbone(nb, "swinv2", tmp_path)
+    name, options = BACKBONES["swinv2"]
+    options = {**options, "window_size": 8}
+    model = du.build_model(name, 2, "csra", pretrained=path, img_size=64, **options)
+    assert model.spec["model_kwargs"]["pretrained_window_sizes"] == [[4, 4], [4, 4]]
+    classifier = du.Classifier(model, ["a", "b"], [0.5, 0.5])
+    loaded = du.Classifier.load(classifier.save(tmp_path))
+    torch.testing.assert_close(offset_bias(loaded.model.backbone), offset_bias(model.backbone))
+
+
+def test_windows_that_are_not_square_and_windows_that_are_given(nb, tmp_path):
+    backbone, path = saved_backbone(nb, "swinv2", tmp_path, (16, 32))  # maps of 4 × 8, 2 × 4
+    assert [m.window_size for m in backbone.modules() if hasattr(m, "cpb_mlp")][2:] == [(2, 4)] * 2
+    name, options = BACKBONES["swinv2"]
+    model = du.build_model(name, 2, pretrained=path, img_size=64, **options)
+    assert model.spec["model_kwargs"]["pretrained_window_sizes"] == [[4, 4], [2, 4]]
+    own = {**options, "pretrained_window_sizes": (6, 6)}
+    given = du.build_model(name, 2, pretrained=path, img_size=64, **own)
+    assert given.spec["model_kwargs"]["pretrained_window_sizes"] == (6, 6)
 
 
 # ---------------------------------------------------------------- the rest of the notebook
