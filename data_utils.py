@@ -124,6 +124,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 VIEWS = ("half", "panorama")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
+_NUMBER, _NOTHING = (int, float), type(None)
+TUNABLE = {"LEARNING_RATE": _NUMBER, "WEIGHT_DECAY": _NUMBER, "LAYER_DECAY": (*_NUMBER, _NOTHING)}
+TUNABLE |= {"BATCH_SIZE": int, "RAND_AUGMENT": (str, _NOTHING), "LOSS": str}
 FORMAT_VERSION = 2  # 1 knew no "activation"
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _HALF = re.compile(r"_(left|right)$")
@@ -164,17 +167,16 @@ def _some(names: Iterable[Any], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def read_tuned(path: str | os.PathLike, head: str, parameters: Iterable[str]) -> dict[str, Any]:
+def read_tuned(path: str | os.PathLike, head: str) -> dict[str, Any]:
     """Return the parameters that tuning.ipynb found, by their names in the notebooks.
 
     Args:
         path: its best_parameters.json.
         head: "linear", "csra" or "mldecoder": the one they must have been found for.
-        parameters: the names that there are.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no such file content, another head, or a name that does not exist.
+        ValueError: not such a file, another head, or a name or a value that cannot be in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -185,11 +187,14 @@ def read_tuned(path: str | os.PathLike, head: str, parameters: Iterable[str]) ->
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: no best_parameters.json of tuning.ipynb.") from None
     if own != head:
-        notebook = {"linear": "training"}.get(own, own)
+        notebook = "training" if own == "linear" else own
         raise ValueError(f"{path}: found for HEAD={own!r}, not {head!r}; use {notebook}.ipynb.")
-    unknown = sorted(found.keys() - set(parameters))
+    unknown = sorted(found.keys() - TUNABLE.keys())
     if unknown:
-        raise ValueError(f"{path}: this notebook has no parameter {_some(unknown)}.")
+        raise ValueError(f"{path}: {_some(unknown)} cannot be tuned; expected {_some(TUNABLE, 9)}.")
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, TUNABLE[name]):
+            raise ValueError(f"{path}: {name}={value!r} is no such value; run tuning.ipynb again.")
     return found
 
 

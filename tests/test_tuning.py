@@ -339,14 +339,14 @@ def write(tmp_path, content):
 
 def test_found_values_come_back_by_their_names(tmp_path):
     path = write(tmp_path, DEFAULT)
-    found = du.read_tuned(path, "linear", [*DEFAULT, "N_EPOCHS"])
+    found = du.read_tuned(path, "linear")
     assert found == {name: value for name, value in DEFAULT.items() if name != "HEAD"}
 
 
 @pytest.mark.parametrize("notebook", ["training", "csra", "mldecoder"])
 def test_notebooks_know_every_name_that_the_search_hands_over(notebook_functions, notebook):
     known = vars(notebook_functions(notebook))
-    assert DEFAULT.keys() - {"HEAD"} <= known.keys()
+    assert DEFAULT.keys() - {"HEAD"} == du.TUNABLE.keys() <= known.keys()
     assert "TUNED" in known
 
 
@@ -355,7 +355,11 @@ def test_notebooks_know_every_name_that_the_search_hands_over(notebook_functions
     [
         (DEFAULT, "csra", r"found for HEAD='linear', not 'csra'; use training\.ipynb"),
         (DEFAULT | {"HEAD": "mldecoder"}, "linear", r"use mldecoder\.ipynb"),
-        (DEFAULT | {"N_HEADS": 1}, "linear", "no parameter N_HEADS"),
+        (DEFAULT | {"RUN_DIR": "/etc"}, "linear", "RUN_DIR cannot be tuned; expected LEARNING"),
+        (DEFAULT | {"LEARNING_RATE": "abc"}, "linear", "LEARNING_RATE='abc' is no such value"),
+        (DEFAULT | {"BATCH_SIZE": 2.5}, "linear", "BATCH_SIZE=2.5 is no such value"),
+        (DEFAULT | {"WEIGHT_DECAY": None}, "linear", "WEIGHT_DECAY=None is no such value"),
+        (DEFAULT | {"LAYER_DECAY": True}, "linear", "LAYER_DECAY=True is no such value"),
         ("{", "linear", r"no best_parameters\.json of tuning\.ipynb"),
         ([1], "linear", r"no best_parameters\.json"),
         ({"LEARNING_RATE": 1}, "linear", r"no best_parameters\.json"),
@@ -363,9 +367,9 @@ def test_notebooks_know_every_name_that_the_search_hands_over(notebook_functions
 )
 def test_file_that_does_not_fit_is_refused_in_a_sentence(tmp_path, content, head, message):
     with pytest.raises(ValueError, match=rf"best_parameters\.json: .*{message}"):
-        du.read_tuned(write(tmp_path, content), head, DEFAULT)
+        du.read_tuned(write(tmp_path, content), head)
 
 
 def test_missing_file_names_the_notebook_that_makes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run tuning\.ipynb"):
-        du.read_tuned(tmp_path / "gone.json", "linear", DEFAULT)
+        du.read_tuned(tmp_path / "gone.json", "linear")
