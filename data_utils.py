@@ -167,12 +167,16 @@ def _some(names: Iterable[Any], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def read_tuned(path: str | os.PathLike, head: str) -> dict[str, Any]:
+def read_tuned(
+    path: str | os.PathLike, head: str, network: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the parameters that tuning.ipynb found, by their names in the notebooks.
 
     Args:
         path: its best_parameters.json.
         head: "linear", "csra" or "mldecoder": the one they must have been found for.
+        network: parameters that say what will be trained, e.g. MODEL_NAME; warns of each that was
+            another in the search.
 
     Raises:
         FileNotFoundError: no such file.
@@ -183,7 +187,7 @@ def read_tuned(path: str | os.PathLike, head: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file; run tuning.ipynb to make it.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        own = found.pop("HEAD")
+        own, before = found.pop("HEAD"), dict(found.pop("found_with", {}))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: no best_parameters.json of tuning.ipynb.") from None
     if own != head:
@@ -195,6 +199,10 @@ def read_tuned(path: str | os.PathLike, head: str) -> dict[str, Any]:
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, TUNABLE[name]):
             raise ValueError(f"{path}: {name}={value!r} is no such value; run tuning.ipynb again.")
+    now = json.loads(json.dumps(network or {}))  # tuples become lists, as in the file
+    other = [name for name, value in now.items() if name in before and before[name] != value]
+    if other:
+        warnings.warn(f"{path}: found with another {_some(other)}; search again.", stacklevel=2)
     return found
 
 
@@ -2966,7 +2974,8 @@ def compare_scores(
     """Compare two models on the same images; arguments as in `score_labels`.
 
     Args:
-        probs, baseline: (N, L) of the two models.
+        probs, baseline: (N, L) of the two models, or (S, N, L) of S trainings of each, whose scores
+            are averaged.
 
     Returns:
         A line a label and one for mAP: baseline, AP, difference, low, high (95 %). The bootstrap
@@ -2974,9 +2983,13 @@ def compare_scores(
     """
     if "mAP" in label_columns:
         raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
-    options = 0.5, groups, n_bootstrap, seed
-    new, old = (_replicates(targets, p, *options) for p in (probs, baseline))
-    new, old = (np.column_stack([scores["AP"], scores["mAP"]]) for scores in (new, old))
+
+    def replicates(runs: np.ndarray) -> np.ndarray:
+        runs = np.reshape(runs, (-1, *np.shape(targets)))
+        scores = [_replicates(targets, p, 0.5, groups, n_bootstrap, seed) for p in runs]
+        return np.mean([np.column_stack([one["AP"], one["mAP"]]) for one in scores], axis=0)
+
+    new, old = replicates(probs), replicates(baseline)
     table = pd.DataFrame(index=pd.Index([*label_columns, "mAP"], name="label"))
     table["baseline"], table["AP"] = old[0], new[0]
     table["difference"] = new[0] - old[0]

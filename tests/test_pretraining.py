@@ -481,29 +481,63 @@ def test_submission_has_a_line_a_photo(nb, tmp_path):
     assert pd.read_csv(path)["id"].tolist() == ["a/1.jpg", "b/1.jpg"]
 
 
-def test_demo_class_folders_keep_two_days_for_validation(nb, tmp_path):
-    """Heron Marsh is mud, Willow Fen peat; the sky is that of the demo's weather."""
-    for site in ("Heron Marsh", "Willow Fen"):
+def test_demo_class_folders_sort_by_what_is_seen_and_keep_two_days_for_validation(nb, tmp_path):
+    rows = []
+    for number, site in enumerate(("Heron Marsh", "Willow Fen")):
         for day in range(1, 11):
-            photo = tmp_path / "halves" / site / f"Day {day}" / "x" / f"{site}{day}.jpg"
+            photo = tmp_path / "halves" / site / f"Day {day}" / f"{site}{day}_left.jpg"
             photo.parent.mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(photo)
-    for site in demo_360.SITES:
-        (tmp_path / "halves" / site.name).mkdir(exist_ok=True)
-    folder = tmp_path / "classes"
-    nb.draw_class_folders(folder, tmp_path / "halves")
+            rows.append({"image": photo.name, "site": site, "day": day})
+            rows[-1] |= {"Trees": number, "Water": day % 2}
+    folder, truth = tmp_path / "classes", pd.DataFrame(rows)
+    nb.draw_class_folders(folder, tmp_path / "halves", truth)
     found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.jpg"))
     assert len(found) == 20
     days = [path.split("/")[2].split()[-1] for path in found if path.startswith("val/")]
     assert sorted(days) == ["4", "4", "9", "9"]
+    names = dict(line.split(" ", 1) for line in (folder / "names.txt").read_text().splitlines())
+    assert len(set(names.values())) == 8
     for path in found:
         _, wnid, place, _ = path.split("/")
         number, day = int(place.startswith("Willow")), int(place.split()[-1])
         sunny = demo_360.plan_survey(number, day - 1, 1).weather.sunny
-        assert wnid == f"w{(3, 5)[number] + (not sunny):02}"
-    names = (folder / "names.txt").read_text().splitlines()
-    assert names[2:4] == ["w03 mud sunny", "w04 mud overcast"]
+        ground = (("open land", "open water"), ("wooded land", "wooded shore"))[number][day % 2]
+        assert names[wnid] == f"{ground} {'sunny' if sunny else 'overcast'}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["classes", "halves"]
+
+
+@pytest.mark.parametrize(
+    ("group_by", "image", "group"),
+    [
+        (1, "train/w01/Mere 4/a_left.jpg", "Mere 4"),
+        (2, "val/w02/Mere/4/a.jpg", "Mere/4"),
+        ("panorama", "train/w01/Mere 4/a_left.jpg", "Mere 4/a"),
+        ("panorama", "train/w02/Mere 4/a_right.jpg", "Mere 4/a"),  # of another class
+        ("panorama", "train/w02/0001.jpg", "train/w02/0001.jpg"),  # numbered anew in each class
+    ],
+)
+def test_class_folders_are_grouped_across_classes(nb, monkeypatch, group_by, image, group):
+    monkeypatch.setattr(nb, "CLASS_GROUP_BY", group_by)
+    assert nb.group_of(image) == group
+
+
+@pytest.mark.parametrize(
+    ("photo", "free"),
+    [
+        ("Mere/Day 1/a.jpg", True),
+        ("Mere/Day 2/a.jpg", False),  # the walk of a test photo
+        ("Mere/Day 2/deep/b.jpg", False),
+        ("Fen/c.jpg", False),  # a group of one panorama
+        ("Fen/d.jpg", True),
+        ("elsewhere/t.jpg", False),  # its name, in another folder
+    ],
+)
+def test_what_judges_the_result_is_not_pretrained_on(nb, monkeypatch, tmp_path, photo, free):
+    monkeypatch.setattr(nb, "PANORAMA_DIR", str(tmp_path))
+    monkeypatch.setattr(nb, "held_names", {"t"}, raising=False)
+    monkeypatch.setattr(nb, "held_groups", {"Mere/Day 2", "Fen/c"}, raising=False)
+    assert nb.is_free(tmp_path / photo) == free
 
 
 TWO_PROCESSES = """

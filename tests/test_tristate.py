@@ -258,6 +258,20 @@ def test_models_are_compared_on_judged_cells():
     assert table["difference"].tolist() == pytest.approx(expected, nan_ok=True)
 
 
+def test_several_trainings_are_compared_by_their_mean_scores_and_not_by_mean_probabilities():
+    probs, baseline = COMPARED["probs"], COMPARED["baseline"]
+    swapped = {"probs": [probs, baseline, probs], "baseline": [baseline, probs, baseline]}
+    table = du.compare_scores(**COMPARED | swapped, n_bootstrap=20)
+    alone = du.compare_scores(**COMPARED, n_bootstrap=20)
+    # two of three trainings differ as the one above, the third the other way round
+    assert table["difference"].tolist() == pytest.approx(
+        (alone["difference"] / 3).tolist(), nan_ok=True
+    )
+    # Sun: 1 and 5/6 are the APs of the two
+    assert table.loc["Sun", ["baseline", "AP"]].tolist() == pytest.approx([8 / 9, 17 / 18])
+    np.testing.assert_allclose(table[["low", "high"]], alone[["low", "high"]] / 3)
+
+
 # ---------------------------------------------------------------- thresholds and panoramas
 
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import optuna
@@ -368,6 +369,18 @@ def test_notebooks_know_every_name_that_the_search_hands_over(notebook_functions
 def test_file_that_does_not_fit_is_refused_in_a_sentence(tmp_path, content, head, message):
     with pytest.raises(ValueError, match=rf"best_parameters\.json: .*{message}"):
         du.read_tuned(write(tmp_path, content), head)
+
+
+def test_values_of_another_network_are_taken_with_a_warning(tmp_path):
+    found_with = {"MODEL_NAME": "a", "MODEL_KWARGS": {"depths": (2, 2)}, "IMG_WIDTH": 64}
+    path = write(tmp_path, DEFAULT | {"found_with": found_with})
+    expected = {name: value for name, value in DEFAULT.items() if name != "HEAD"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert du.read_tuned(path, "linear", found_with) == expected
+    with pytest.warns(UserWarning, match="found with another MODEL_NAME, IMG_WIDTH; search again"):
+        now = found_with | {"MODEL_NAME": "b", "IMG_WIDTH": 96}
+        assert du.read_tuned(path, "linear", now) == expected
 
 
 def test_missing_file_names_the_notebook_that_makes_it(tmp_path):
