@@ -186,12 +186,12 @@ def read_tuned(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run tuning.ipynb to make it.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         own, before = found.pop("HEAD"), dict(found.pop("found_with", {}))
-    except (AttributeError, KeyError, TypeError, ValueError):
+        notebook = {"linear": "training", "csra": "csra", "mldecoder": "mldecoder"}[own]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: no best_parameters.json of tuning.ipynb.") from None
     if own != head:
-        notebook = "training" if own == "linear" else own
         raise ValueError(f"{path}: found for HEAD={own!r}, not {head!r}; use {notebook}.ipynb.")
     unknown = sorted(found.keys() - TUNABLE.keys())
     if unknown:
@@ -212,7 +212,7 @@ def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Return every image file below `folder`, sorted; hidden files are left out.
+    """Return every image file below `folder`, sorted; hidden files and folders are left out.
 
     Raises:
         FileNotFoundError: `folder` does not exist.
@@ -221,7 +221,8 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     files = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(p for p in files if not p.name.startswith(".") and p.is_file())
+    shown = (p for p in files if not any(n[0] == "." for n in p.relative_to(folder).parts))
+    return sorted(p for p in shown if p.is_file())
 
 
 # ---------------------------------------------------------------- labels
@@ -585,21 +586,41 @@ def read_class_folders(
             train/ lacks, or `names_path` leaves a class out.
     """
     root = Path(root)
-    is_split = (root / "train").is_dir() and (root / "val").is_dir()
+    is_split = _is_split(root)
     parts = [root / "train", root / "val"] if is_split else [root]
     found = [(part, path.relative_to(part)) for part in parts for path in list_images(part)]
+    loose = [part / path for part, path in found if len(path.parts) == 1]
     found = [(part, path) for part, path in found if len(path.parts) > 1]
-    if not found:
-        raise ValueError(f"{root}: no images in class folders; expected {root}/<class>/*.jpg.")
+    empty = sorted(set(parts) - {part for part, _ in found})
+    if empty:
+        raise ValueError(
+            f"{empty[0]}: no images in class folders; expected {empty[0]}/<class>/*.jpg."
+        )
+    if loose and is_split:  # without train/ and val/ they are photos that nobody sorted yet
+        problem = f"{len(loose)} images lie in no class folder and are left out"
+        warnings.warn(f"{root}: {problem}: {_some(loose)}.", stacklevel=2)
     classes = pd.Series([path.parts[0] for _, path in found])
-    taken = sorted({"image", *NOT_LABELS} & set(classes))
-    if taken:
-        raise ValueError(f"{root}: {taken[0]!r} is the name of a column; rename that class folder.")
     _check_class_folders(parts, {(part, path.parts[0]) for part, path in found})
     names = _class_names(names_path, sorted(set(classes))) if names_path else {}
+    classes = classes.replace(names)
+    taken = sorted({"image", *NOT_LABELS} & set(classes))
+    if taken:
+        raise ValueError(f"{root}: {taken[0]!r} is the name of a column; rename that class.")
     images = [(part / path).relative_to(root).as_posix() for part, path in found]
-    labels = pd.get_dummies(classes, dtype=float).rename(columns=names)
-    return pd.concat([pd.Series(images, name="image", dtype=object), labels], axis=1)
+    labels = pd.get_dummies(classes, dtype=float)
+    order = list(names.values()) or sorted(set(classes))
+    return pd.concat([pd.Series(images, name="image", dtype=object), labels[order]], axis=1)
+
+
+def _is_split(root: Path) -> bool:
+    """Say whether there are train/ and val/, refuse one of them alone with classes in it."""
+    there = [name for name in ("train", "val") if (root / name).is_dir()]
+    if len(there) == 1:
+        inside = [path.relative_to(root / there[0]) for path in list_images(root / there[0])]
+        if inside and all(len(path.parts) > 1 for path in inside):
+            problem = f"expected train/ and val/ in it, found {there[0]}/ alone"
+            raise ValueError(f"{root}: {problem}; add the other, or read {root / there[0]}.")
+    return len(there) == 2
 
 
 def _check_class_folders(parts: Sequence[Path], filled: set[tuple[Path, str]]) -> None:
@@ -607,7 +628,7 @@ def _check_class_folders(parts: Sequence[Path], filled: set[tuple[Path, str]]) -
     folders = [p for part in parts for p in sorted(part.iterdir()) if p.is_dir()]
     empty = [p for p in folders if p.name[0] != "." and (p.parent, p.name) not in filled]
     if empty:
-        fix = "add photos, or delete the folder if the class is not wanted"
+        fix = "add photos (links are not followed), or delete the folder if the class is not wanted"
         raise ValueError(f"{_some(empty)}: a class folder without images; {fix}.")
     untrained = sorted({name for _, name in filled if (parts[0], name) not in filled})
     if untrained:
@@ -617,17 +638,34 @@ def _check_class_folders(parts: Sequence[Path], filled: set[tuple[Path, str]]) -
 
 def _class_names(path: str | os.PathLike, folders: Sequence[str]) -> dict[str, str]:
     """Return folder name → words; words that two classes share are told apart by the folder."""
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    pairs = [re.split(r"[\s,;]+", line.strip(), maxsplit=1) for line in lines if line.strip()]
-    broken = [repr(" ".join(pair)) for pair in pairs if len(pair) < 2]
-    if broken:
-        raise ValueError(f"{path}: expected `folder words` a line, found {_some(broken)}.")
-    found = {folder: words.split(",")[0].strip().strip('"') for folder, words in pairs}
-    missing = [folder for folder in folders if folder not in found]
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        expected = "expected a text file (UTF-8) with a line `folder words` a class"
+        raise ValueError(f"{path}: {expected}, {type(error).__name__}.") from None
+    found: dict[str, set[str]] = {folder: set() for folder in folders}
+    longest = sorted(folders, key=len, reverse=True)  # "sand dry" before "sand"
+    for line in map(str.strip, lines):
+        own = [f for f in longest if line == f or (line.startswith(f) and line[len(f)] in " \t,;")]
+        if own:
+            words = line[len(own[0]) :].lstrip(" \t,;").lstrip('"').split(",")[0]
+            found[own[0]].add(words.strip(' \t"'))
+    missing = [folder for folder, words in found.items() if not words - {""}]
     if missing:
-        raise ValueError(f"{path}: no line for {_some(missing)}; add one, or give no names.")
-    count = pd.Series([found[folder] for folder in folders]).value_counts()
-    return {f: found[f] if count[found[f]] == 1 else f"{found[f]} ({f})" for f in folders}
+        fix = "add one `folder words` each, or give no names"
+        raise ValueError(f"{path}: no line with words for {_some(missing)}; {fix}.")
+    several = [folder for folder, words in found.items() if len(words) > 1]
+    if several:
+        raise ValueError(
+            f"{path}: lines that contradict each other for {_some(several)}; keep one."
+        )
+    words = {folder: next(iter(words)) for folder, words in found.items()}
+    count = pd.Series(words).value_counts()
+    names = {f: w if count[w] == 1 else f"{w} ({f})" for f, w in words.items()}
+    twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: two classes would be called {_some(twice)}; name one otherwise.")
+    return names
 
 
 def _without_suffix(name: str) -> str:
@@ -1278,7 +1316,9 @@ def _rand_augment(settings: str, config: dict) -> list[Callable]:
     reach = {"translate_const": int(0.45 * min(config["input_size"][1:])), "img_mean": grey}
     known = r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t\w+)*"
     try:
-        if not re.fullmatch(known, settings):  # timm passes over what it does not know
+        if not isinstance(settings, str) or not re.fullmatch(
+            known, settings
+        ):  # timm passes over what it does not know
             raise ValueError
         return [v2.ToPILImage(), rand_augment_transform(settings, reach), v2.ToImage()]
     except (AssertionError, KeyError, ValueError):
@@ -2151,26 +2191,30 @@ def _load_file(model: nn.Module, name: str, path: Path, filter_fn: Callable | No
         result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=fitting)
     except Exception as error:
         raise ValueError(f"{path}: not a state dict that is safe to load ({error}).") from None
-    classifier = tuple(f"{n}." for n, m in model.named_modules() if m is model.get_classifier())
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)  # distilled ones have two
+    classifier = tuple(f"{n}." for n, m in model.named_modules() if any(m is h for h in heads))
     lost = [k for k in result.missing_keys if not k.startswith(classifier)]
     lost = [k for k in lost if not k.endswith("num_batches_tracked")]  # files of old PyTorch
     if lost:
-        problem = f"lacks {len(lost)} of {len(own)} weights of {name}: {_some(lost)}"
+        problem = f"lacks {len(lost)} of {len(own)} weights of {name} in its shape: {_some(lost)}"
         raise ValueError(f"{path}: {problem}.")
 
 
 def _resize_wide_positions(state: dict, model: nn.Module) -> dict:
     """Resize position embeddings of 2:1 panoramas; timm takes all of them for square."""
     table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    if not torch.is_tensor(table) or own is None or table.ndim != 3 or table.shape == own.shape:
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if not torch.is_tensor(table) or own is None or grid is None:
+        return state
+    if table.ndim != 3 or table.shape == own.shape:
         return state
     alone = getattr(model, "no_embed_class", False)
     prefix = 0 if alone else getattr(model, "num_prefix_tokens", 0)
     height = round(((table.shape[1] - prefix) / 2) ** 0.5)
     if 2 * height**2 != table.shape[1] - prefix:
         return state
-    new_size = list(model.patch_embed.grid_size)
-    resized = resample_abs_pos_embed(table, new_size, [height, 2 * height], prefix)
+    resized = resample_abs_pos_embed(table, list(grid), [height, 2 * height], prefix)
     return state | {"pos_embed": resized}
 
 
@@ -2389,6 +2433,15 @@ def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return a JSON object of a run folder."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        problem = f"{path}: cannot be read ({type(error).__name__})"
+        raise ValueError(f"{problem}; call fit() to start again.") from None
+
+
 def _remove_resume_point(folder: Path) -> None:
     """Delete last/, its trainer.json first: half of it never looks complete."""
     (folder / "trainer.json").unlink(missing_ok=True)
@@ -2429,19 +2482,23 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "grad_accum_steps", "patience"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number from 1.")
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number from 1.")
         highest = {"learning_rate": np.inf, "head_learning_rate": np.inf, "clip_grad": np.inf}
         highest |= {"layer_decay": 1, "ema_decay": 1}
         for name, high in highest.items():
             value = getattr(self, name)
             optional = value is None and name != "learning_rate"
-            if not optional and not (value is not None and 0 < value <= high):
-                raise ValueError(f"{name}={value}: expected more than 0 and at most {high}.")
+            if not optional and not (isinstance(value, (int, float)) and 0 < value <= high):
+                raise ValueError(f"{name}={value!r}: expected more than 0 and at most {high}.")
         for name in ("weight_decay", "warmup_epochs", "mixup_alpha", "cutmix_alpha"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and value >= 0):
+                raise ValueError(f"{name}={value!r}: expected 0 or more.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing}: expected 0 to below 1.")
+        if not isinstance(self.loss, str) or "label_smoothing" in self.loss_kwargs:
+            problem = f"loss={self.loss!r}, loss_kwargs={self.loss_kwargs}"
+            raise ValueError(f"{problem}: expected a name, and label_smoothing by itself.")
         _check_choice("schedule", self.schedule, SCHEDULES)
 
 
@@ -2449,7 +2506,7 @@ def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, update
     """Return timm's schedule, one value an optimizer step, `updates` of them an epoch.
 
     After a linear warm-up: "cosine" to zero (Loshchilov & Hutter 2017, arXiv 1608.03983);
-    "warm-restarts", the same in three equal cycles; "step", a tenth after each third;
+    "warm-restarts", the same in three equal cycles; "step", a tenth after each third of the rest;
     "flat-cosine", the last 28 % of the steps fall. "one-cycle" rises from 1/25 for 30 % of the
     steps, then falls (the rates of Smith & Topin 2019, arXiv 1708.07120; no cycle of momentum).
     """
@@ -2461,7 +2518,8 @@ def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, update
         "one-cycle": {"num_epochs": 0.7 * epochs, "warmup_prefix": True}
         | {"warmup_epochs": 0.3 * epochs, "warmup_lr": top / 25},
         "flat-cosine": {"sched": "wsd", "decay_epochs": 0.28 * epochs / rest, "decay_fn": "cosine"},
-        "step": {"sched": "step", "decay_epochs": epochs / 3, "decay_rate": 0.1},
+        "step": {"sched": "step", "decay_epochs": rest / 3, "decay_rate": 0.1}
+        | {"warmup_prefix": True},
         "warm-restarts": {"num_epochs": rest / 3, "warmup_prefix": True}
         | {"cycle_limit": 3, "cycle_decay": 1.0},
     }
@@ -2611,15 +2669,16 @@ class Trainer:
         last = next((p for p in places if (p / "trainer.json").is_file()), None)
         if last is None:
             raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
-        saved = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
+        saved, state = (
+            _read_state(p) for p in (self.run_dir / "config.json", last / "trainer.json")
+        )
         saved = asdict(TrainConfig()) | saved  # options that are newer than the run
         free = {"patience", "num_workers", "compile"}
         changed = [k for k, v in asdict(self.config).items() if saved.get(k) != v and k not in free]
         if changed:
             fix = "restore it to resume, or call fit() to start again"
             raise ValueError(f"{self.run_dir} was trained with another {_some(changed)}; {fix}.")
-        state = json.loads((last / "trainer.json").read_text(encoding="utf-8"))
-        self._check_machine(state)
+        self._check_same(state)
         self.accelerator.load_state(str(last))
         if self.ema is not None:
             weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
@@ -2628,21 +2687,24 @@ class Trainer:
         self.history = state["history"]
         return self._run(after_epoch)
 
-    def _check_machine(self, state: dict[str, Any]) -> None:
-        """Refuse what would not go on as it began: other processes, or fp16 on one side only."""
-        now, before = self._machine(), {**self._machine(), **state}
+    def _check_same(self, state: dict[str, Any]) -> None:
+        """Refuse what would not go on as it began: other data or processes, fp16 on one side."""
+        now, before = self._circumstances(), {**self._circumstances(), **state}
         fix = "resume as it was trained, or call fit() to start again"
-        if now["processes"] != before["processes"]:
-            found = f"{before['processes']} processes, and now there are {now['processes']}"
-            raise ValueError(f"{self.run_dir} was trained with {found}; {fix}.")
+        for what in ("processes", "images", "labels"):
+            if now[what] != before[what]:
+                found = f"{before[what]} {what}, and now there are {now[what]}"
+                raise ValueError(f"{self.run_dir} was trained with {found}; {fix}.")
         if (now["precision"] == "fp16") != (before["precision"] == "fp16"):
             found = f"{before['precision']!r}, and precision is now {now['precision']!r}"
             raise ValueError(f"{self.run_dir} was trained with {found}; {fix}.")
 
-    def _machine(self) -> dict[str, Any]:
-        """Return what the machine, and not the configuration, decides."""
+    def _circumstances(self) -> dict[str, Any]:
+        """Return what the machine and the data, and not the configuration, decide."""
         accelerator = self.accelerator
-        return {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+        found = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+        labels = len(self.val_set.label_columns)
+        return {**found, "images": len(self.loader.dataset), "labels": labels}
 
     def predict(self, dataset: DataPartition, weights: str = "current") -> np.ndarray:
         """Return probabilities (N, L) in the order of `dataset`.
@@ -2810,7 +2872,7 @@ class Trainer:
             if self.ema is not None:
                 torch.save(self.ema.module.state_dict(), temporary / "ema.pt")
             state = {"epoch": self.epoch, "step": self.step, "best": self.best}
-            state |= {**self._machine(), "history": self.history}
+            state |= {**self._circumstances(), "history": self.history}
             _write_json(temporary / "trainer.json", state)
             _remove_resume_point(last)
             os.replace(temporary, last)
@@ -3150,7 +3212,8 @@ class Classifier:
         own = self.thresholds if panorama_thresholds is None else panorama_thresholds
         self.panorama_thresholds = np.asarray(own, float)
         if self.panorama_thresholds.shape != (n_thresholds,):
-            raise ValueError(f"{len(own)} panorama_thresholds, {len(labels)} labels do not match.")
+            found = f"{len(own)} panorama_thresholds, {len(labels)} labels ({activation})"
+            raise ValueError(f"{found} do not match.")
         self.device = _fastest_device()
         layout = torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
         self.model = model.to(self.device, memory_format=layout).eval()
@@ -3193,6 +3256,7 @@ class Classifier:
             mode: "per_label" or "global", see `find_optimal_thresholds`.
             activation: "softmax" for classes that exclude each other: they need no thresholds.
         """
+        _check_choice("activation", activation, ("sigmoid", "softmax"))
         labels, targets = val_set.label_columns, val_set.targets
         if activation == "softmax":
             return cls(model, labels, view=view, activation=activation)
@@ -3276,13 +3340,15 @@ class Classifier:
         Returns:
             As `predict`, with a column part. A model of halves answers for "left", "right" and
             "panorama": there a label's probability is the higher of both halves and the decision
-            uses the thresholds tuned for panoramas. A model of panoramas answers once.
+            uses the thresholds tuned for panoramas; classes that exclude each other get the mean
+            of both halves. A model of panoramas answers once.
         """
         halves = self.view == "half"
         names, probs, errors = self._predict(images, True, batch_size, num_workers, unreadable)
         whole = self.panorama_thresholds if halves else self.thresholds
         tables = [self._table(probs[:, i], self.thresholds) for i in range(2 if halves else 0)]
-        tables.append(self._table(probs.max(1), whole))
+        joint = probs.mean(1) if self.activation == "softmax" else probs.max(1)
+        tables.append(self._table(joint, whole))
         parts = ["left", "right", "panorama"] if halves else ["panorama"]
         for part, table in zip(parts, tables):
             table.insert(0, "image", names)
@@ -3321,7 +3387,9 @@ class Classifier:
         probs = torch.tensor(probs, device=maps.device).view(-1, 1, 1)
         maps = F.interpolate(maps[:, None], views.shape[2:], mode="bilinear")[:, 0]
         maps = maps - maps.amin((1, 2), True)
-        maps = maps / maps.amax((1, 2), True).clamp(min=1e-12) * probs / probs.max()
+        maps = (
+            maps / maps.amax((1, 2), True).clamp(min=1e-12) * probs / probs.max().clamp(min=1e-12)
+        )
         return torch.cat(list(maps), dim=1).cpu().numpy()  # side by side
 
     def _predict(

@@ -688,13 +688,69 @@ def test_two_classes_of_one_name_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("n01 desert\n", r"names\.txt: no line for n02"), ("n01 desert\nn02\n", "found 'n02'")],
+    [
+        (b"n01 desert\n", r"names\.txt: no line with words for n02; add one"),
+        (b"n01 desert\nn02\n", "no line with words for n02"),
+        (b'n01 desert\nn02 ""\n', "no line with words for n02"),
+        (b"n01 desert\nn02 sea\nn02 bog\n", "contradict each other for n02; keep one"),
+        (b"n01 desert\nn02 image\n", "'image' is the name of a column; rename that class"),
+        (b"n01 d\xe9sert\nn02 sea\n", r"names\.txt: expected a text file \(UTF-8\)"),
+        (b"n01 sea (n02)\nn02 sea\n", None),
+    ],
 )
-def test_names_that_leave_a_class_out_are_refused(tmp_path, text, message):
+def test_names_that_leave_a_class_out_or_contradict_are_refused(tmp_path, text, message):
     put_images(tmp_path, "n01/1.jpg", "n02/1.jpg")
-    (tmp_path / "names.txt").write_text(text)
+    (tmp_path / "names.txt").write_bytes(text)
+    if message is None:
+        assert list(read_class_folders(tmp_path, tmp_path / "names.txt"))[1:] == [
+            "sea (n02)",
+            "sea",
+        ]
+        return
     with pytest.raises(ValueError, match=message):
         read_class_folders(tmp_path, tmp_path / "names.txt")
+
+
+def test_words_that_collide_after_telling_apart_are_refused(tmp_path):
+    put_images(tmp_path, "a/1.jpg", "b/1.jpg", "c/1.jpg")
+    (tmp_path / "names.txt").write_text("a crane\nb crane\nc crane (a)\n")
+    with pytest.raises(ValueError, match=r"two classes would be called crane \(a\); name one"):
+        read_class_folders(tmp_path, tmp_path / "names.txt")
+
+
+def test_folders_with_spaces_are_named_and_missing_names_say_what_is_expected(tmp_path):
+    put_images(tmp_path, "sand/1.jpg", "sand dry/1.jpg", "a,b/1.jpg")
+    (tmp_path / "names.txt").write_text("sand dry\tDune\nsand Beach\na,b;Both\nother x\n")
+    table = read_class_folders(tmp_path, tmp_path / "names.txt").set_index("image")
+    assert table["Dune"].idxmax() == "sand dry/1.jpg"
+    assert table["Beach"].idxmax() == "sand/1.jpg"
+    assert table["Both"].idxmax() == "a,b/1.jpg"
+    with pytest.raises(ValueError, match=r"gone\.txt: expected a text file .* FileNotFoundError"):
+        read_class_folders(tmp_path, tmp_path / "gone.txt")
+
+
+def test_part_without_class_folders_is_refused_and_loose_photos_are_counted(tmp_path):
+    put_images(tmp_path, "train/sea/1.jpg", "train/bog/1.jpg", "val/1.jpg")  # val/ flat
+    with pytest.raises(
+        ValueError, match=r"val: no images in class folders; expected .*val/<class>"
+    ):
+        read_class_folders(tmp_path)
+    put_images(tmp_path, "val/sea/1.jpg")
+    with pytest.warns(UserWarning, match=r"1 images lie in no class folder .*val/1\.jpg"):
+        assert len(read_class_folders(tmp_path)) == 3
+
+
+def test_one_of_train_and_val_alone_is_refused_but_may_be_a_class(tmp_path):
+    put_images(tmp_path, "train/sea/1.jpg", "train/bog/1.jpg")
+    with pytest.raises(ValueError, match="expected train/ and val/ in it, found train/ alone; add"):
+        read_class_folders(tmp_path)
+    put_images(tmp_path / "vehicles", "train/1.jpg", "car/1.jpg")
+    assert list(read_class_folders(tmp_path / "vehicles")) == ["image", "car", "train"]
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    put_images(tmp_path, "sea/1.jpg", ".thumbnails/1.jpg", "sea/.cache/2.jpg")
+    assert read_class_folders(tmp_path).to_dict("list") == {"image": ["sea/1.jpg"], "sea": [1.0]}
 
 
 def test_class_that_only_validation_has_is_refused(tmp_path):

@@ -204,9 +204,16 @@ def test_every_trained_parameter_gets_a_gradient(model):
     assert all(parameter.grad is not None for parameter in trained)
 
 
-def test_model_without_a_stem_is_named(nb):
-    backbone = du.build_model("vgg11", 0, pretrained=False, img_size=64)
-    with pytest.raises(ValueError, match="VGG has no patch embedding or stem"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vgg11", "VGG has no patch embedding or stem"),
+        ("xcit_nano_12_p16_224", "ConvPatchEmbed gives no plain patches"),
+    ],
+)
+def test_model_without_a_stem_is_named(nb, name, message):
+    backbone = du.build_model(name, 0, pretrained=False, img_size=64)
+    with pytest.raises(ValueError, match=message):
         nb.SimMIM(backbone)
 
 
@@ -375,6 +382,25 @@ def test_windows_that_are_not_square_and_windows_that_are_given(nb, tmp_path):
     assert given.spec["model_kwargs"]["pretrained_window_sizes"] == (6, 6)
 
 
+def test_weights_with_two_classifiers_are_loaded_again(nb, tmp_path):
+    options = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    name = "deit_tiny_distilled_patch16_224"
+    backbone = du.build_model(name, 0, pretrained=False, img_size=32, **options)
+    nb.save_backbone(backbone, tmp_path / "b.pt")
+    model = du.build_model(name, 3, pretrained=tmp_path / "b.pt", img_size=32, **options)
+    assert torch.equal(model.dist_token, backbone.dist_token)
+
+
+def test_positions_that_cannot_be_resized_are_named(nb, tmp_path):
+    name, options = "hiera_tiny_224", {"embed_dim": 24, "stages": (1, 1, 1, 1), "num_heads": 1}
+    backbone = du.build_model(name, 0, pretrained=False, img_size=(64, 128), **options)
+    nb.save_backbone(backbone, tmp_path / "b.pt")
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of \d+ weights of hiera_tiny_224 in its shape: pos"
+    ):
+        du.build_model(name, 3, pretrained=tmp_path / "b.pt", img_size=(128, 256), **options)
+
+
 # ---------------------------------------------------------------- the rest of the notebook
 
 
@@ -522,22 +548,10 @@ def test_class_folders_are_grouped_across_classes(nb, monkeypatch, group_by, ima
     assert nb.group_of(image) == group
 
 
-@pytest.mark.parametrize(
-    ("photo", "free"),
-    [
-        ("Mere/Day 1/a.jpg", True),
-        ("Mere/Day 2/a.jpg", False),  # the walk of a test photo
-        ("Mere/Day 2/deep/b.jpg", False),
-        ("Fen/c.jpg", False),  # a group of one panorama
-        ("Fen/d.jpg", True),
-        ("elsewhere/t.jpg", False),  # its name, in another folder
-    ],
-)
-def test_what_judges_the_result_is_not_pretrained_on(nb, monkeypatch, tmp_path, photo, free):
+def test_photo_is_held_back_with_its_walk_or_as_a_panorama(nb, monkeypatch, tmp_path):
     monkeypatch.setattr(nb, "PANORAMA_DIR", str(tmp_path))
-    monkeypatch.setattr(nb, "held_names", {"t"}, raising=False)
-    monkeypatch.setattr(nb, "held_groups", {"Mere/Day 2", "Fen/c"}, raising=False)
-    assert nb.is_free(tmp_path / photo) == free
+    places = nb.places_of(tmp_path / "Mere" / "Day 2" / "a_left.jpg")
+    assert places == {"Mere/Day 2/a", "Mere/Day 2", "Mere", "."}
 
 
 TWO_PROCESSES = """

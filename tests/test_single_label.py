@@ -267,6 +267,9 @@ def test_softmax_classifier_decides_for_one_class_before_and_after_loading(class
     panorama = np.concatenate(photos[:2], axis=1)
     parts = du.Classifier.load(path).predict_panorama(panorama)
     assert (parts[CLASSES].sum(axis=1) == 1).all()
+    found = parts.set_index("part")[[f"{name}_prob" for name in CLASSES]]
+    mean = (found.loc["left"] + found.loc["right"]) / 2  # the higher ones would not add up to 1
+    np.testing.assert_allclose(found.loc["panorama"], mean, atol=1e-6)
     heat = classifier.explain(photos[0], "green")
     assert heat.shape == (32, 32)
     assert heat.max() == pytest.approx(1)
@@ -277,6 +280,13 @@ def test_equal_probabilities_still_give_one_class(classifier):
         nn.init.zeros_(parameter)
     table = classifier.predict(np.zeros((32, 32, 3), np.uint8))
     assert table[CLASSES].to_numpy().tolist() == [[1, 0, 0]]
+
+
+def test_map_of_a_class_without_any_probability_is_no_nan(classifier):
+    with torch.no_grad():
+        classifier.model.head.fc.bias.copy_(torch.tensor([-500.0, 500.0, 0.0]))
+    heat = classifier.explain(np.zeros((32, 32, 3), np.uint8), CLASSES[0])
+    assert np.isfinite(heat).all()
 
 
 def test_thresholds_belong_to_sigmoids(classifier):
@@ -294,6 +304,10 @@ def test_classifier_from_validation_of_exclusive_classes_needs_no_thresholds(cla
     )
     assert found.activation == "softmax"
     assert found.thresholds.shape == (0,)
+    with pytest.raises(ValueError, match="activation='Softmax': expected 'sigmoid' or 'softmax'"):
+        du.Classifier.from_validation(
+            classifier.model, sets[1], np.full((9, 3), 1 / 3), activation="Softmax"
+        )
 
 
 def test_file_of_version_1_is_read_as_sigmoid(classifier, tmp_path):
@@ -439,6 +453,12 @@ def test_flat_cosine_is_flat_until_the_last_28_percent(sets, tmp_path):
 def test_step_divides_by_ten_after_each_third(sets, tmp_path):
     rates = rates_of(sets, tmp_path, "step", warmup_epochs=0)
     assert rates == pytest.approx([1.0] * 12 + [0.1] * 12 + [0.01] * 12)
+
+
+def test_step_takes_thirds_of_what_follows_the_warm_up(sets, tmp_path):
+    rates = rates_of(sets, tmp_path, "step", warmup_epochs=9)  # 27 of 36 steps
+    assert max(rates) == rates[27] == pytest.approx(1.0)
+    assert rates[27:] == pytest.approx([1.0] * 3 + [0.1] * 3 + [0.01] * 3)
 
 
 def test_warm_restarts_come_back_to_the_full_rate_twice(sets, tmp_path):

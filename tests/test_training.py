@@ -977,6 +977,8 @@ def test_batch_that_was_broken_off_half_unscaled_is_forgotten(sets, tmp_path):
     [
         ({"processes": 4}, "trained with 4 processes, and now there are 1; resume as"),
         ({"precision": "fp16"}, "trained with 'fp16', and precision is now 'no'; resume as"),
+        ({"images": 999}, "trained with 999 images, and now there are"),
+        ({"labels": 99}, "trained with 99 labels, and now there are"),
     ],
 )
 def test_resume_on_a_machine_that_cannot_go_on_is_refused(sets, tmp_path, saved, message):
@@ -987,6 +989,35 @@ def test_resume_on_a_machine_that_cannot_go_on_is_refused(sets, tmp_path, saved,
     path.write_text(json.dumps(state | saved))
     with pytest.raises(ValueError, match=message):
         trainer(sets, tmp_path, epochs=1).resume()
+
+
+@pytest.mark.parametrize("name", ["config.json", "last/trainer.json"])
+@pytest.mark.parametrize("content", ["{", "[1]", None])
+def test_broken_run_folder_is_named_with_what_to_do(sets, tmp_path, name, content):
+    trainer(sets, tmp_path, epochs=1).fit()
+    if content is None and name == "last/trainer.json":
+        pytest.skip("without trainer.json there is no resume point: tested elsewhere")
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read .*; call fit\(\) to start"):
+        trainer(sets, tmp_path, epochs=1).resume()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": "abc"}, "learning_rate='abc': expected more than 0"),
+        ({"weight_decay": None}, "weight_decay=None: expected 0 or more"),
+        ({"mixup_alpha": float("nan")}, "mixup_alpha=nan: expected 0 or more"),
+        ({"loss": None}, "loss=None.*: expected a name"),
+        ({"loss_kwargs": {"label_smoothing": 0.5}}, "label_smoothing by itself"),
+        ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
+    ],
+)
+def test_values_of_another_kind_are_refused_in_a_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        du.TrainConfig(**options)
 
 
 def test_unknown_precision_is_refused(sets, tmp_path):
