@@ -78,6 +78,10 @@ def test_study_is_reproducible_resumes_and_does_not_repeat_itself(nb, tmp_path):
         ),
         (about(TRIAL_EPOCHS=3), r"another settings \(\['TRIAL_EPOCHS'\]\)"),
         (about(more=1), r"another settings \(\['more'\]\)"),
+        (  # equal numbers, but optuna tells whole from other ones
+            about(SPACE | {"BATCH_SIZE": {"choices": [8.0, 16, 32]}}),
+            r"another search space \(\['BATCH_SIZE'\]\)",
+        ),
     ],
 )
 def test_study_of_another_search_is_refused_in_a_sentence(nb, tmp_path, change, named):
@@ -87,6 +91,44 @@ def test_study_of_another_search_is_refused_in_a_sentence(nb, tmp_path, change, 
     with pytest.raises(ValueError, match=message):
         nb.open_study(tmp_path, "s", change, 42)
     nb.open_study(tmp_path, "new", change, 42)
+
+
+def test_file_that_is_no_study_is_named(nb, tmp_path, monkeypatch):
+    monkeypatch.setattr(nb.time, "sleep", lambda seconds: None)
+    (tmp_path / "study.db").write_text("no database " * 100)
+    with pytest.raises(ValueError, match=r"study\.db: no study can be opened there; delete it"):
+        nb.open_study(tmp_path, "s", about(), 42)
+
+
+def test_settings_that_json_does_not_know_leave_no_half_study(nb, tmp_path):
+    nb.open_study(tmp_path, "s", about(PRETRAINED=tmp_path / "a.pt"), 42)
+    with pytest.raises(ValueError, match=r"another settings \(\['PRETRAINED'\]\)"):
+        nb.open_study(tmp_path, "s", about(PRETRAINED=tmp_path / "b.pt"), 42)
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "default", "message"),
+    [
+        ("LOSS", {"choices": ["asl"]}, "bce", "leaves out the default, LOSS = 'bce'; let the"),
+        ("LOSS", {"choices": "bce"}, "bce", "leaves out the default"),
+        ("LOSS", ["bce"], "bce", "expected choices, or low and high"),
+        ("WEIGHT_DECAY", {"low": 0.1, "high": 0.01}, 0.05, "low must be below high"),
+        ("WEIGHT_DECAY", {"low": 0, "high": 1, "log": True}, 0.05, "low must be below high"),
+        ("WEIGHT_DECAY", {"low": 0.1}, 0.05, "see above"),
+        ("WEIGHT_DECAY", {"low": 0.1, "high": 1, "lgo": True}, 0.2, "see above"),
+        ("WEIGHT_DECAY", {"low": "a", "high": 1}, 0.2, "numbers, please"),
+        ("BATCH_SIZE", {"low": 8.0, "high": 32}, 16, "numbers, please"),
+        ("BATCH_SIZE", {"choices": None, "low": 8, "high": 32}, 16, "choices stand alone"),
+    ],
+)
+def test_mistakes_in_the_search_space_stop_before_the_search(nb, name, space, default, message):
+    with pytest.raises(AssertionError, match=message):
+        nb.check_space(name, space, default)
+
+
+def test_search_spaces_that_hold_the_default_are_taken(nb):
+    for name, space in nb.SEARCH_SPACE.items():
+        nb.check_space(name, space, vars(nb)[name])
 
 
 def test_processes_share_a_study(nb, tmp_path):
