@@ -925,24 +925,26 @@ def test_precision_is_what_was_asked_for(sets, tmp_path, precision):
 
 
 @pytest.mark.parametrize(("units", "wanted"), [(["avx512_bf16"], "bf16"), (["avx2"], "no")])
-def test_half_precision_only_where_the_cpu_has_it_and_for_no_convolutions(
+def test_half_precision_only_where_the_cpu_has_it_and_not_for_depth_wise_convolutions(
     monkeypatch, units, wanted
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
     products = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(12)))
-    convolutions = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 1) for _ in range(12)))
+    dense = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 1) for _ in range(12)))
+    depth_wise = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 1, groups=4) for _ in range(12)))
     assert du.fast_precision(products) == wanted
-    assert du.fast_precision(convolutions) == "no"
+    assert du.fast_precision(dense) == wanted
+    assert du.fast_precision(depth_wise) == "no"
 
 
 def test_model_that_stays_on_the_cpu_gets_the_precision_of_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    convolutions = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 1) for _ in range(12)))
-    assert du.fast_precision(convolutions) == "fp16"
-    assert du.fast_precision(convolutions, "cpu") == "no"
+    depth_wise = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 1, groups=4) for _ in range(12)))
+    assert du.fast_precision(depth_wise) == "fp16"
+    assert du.fast_precision(depth_wise, "cpu") == "no"
 
 
 def test_memory_of_a_model_is_free_as_soon_as_it_is_let_go(sets, tmp_path):
