@@ -601,23 +601,24 @@ def read_class_folders(
         warnings.warn(f"{root}: {problem}: {_some(loose)}.", stacklevel=2)
     classes = pd.Series([path.parts[0] for _, path in found])
     _check_class_folders(parts, {(part, path.parts[0]) for part, path in found})
-    names = _class_names(names_path, sorted(set(classes))) if names_path else {}
-    classes = classes.replace(names)
+    folders = sorted(set(classes))
+    names = _class_names(names_path, folders) if names_path else dict(zip(folders, folders))
+    classes = classes.map(names)
     taken = sorted({"image", *NOT_LABELS} & set(classes))
     if taken:
         raise ValueError(f"{root}: {taken[0]!r} is the name of a column; rename that class.")
     images = [(part / path).relative_to(root).as_posix() for part, path in found]
     labels = pd.get_dummies(classes, dtype=float)
-    order = list(names.values()) or sorted(set(classes))
-    return pd.concat([pd.Series(images, name="image", dtype=object), labels[order]], axis=1)
+    labels = labels[list(names.values())]  # in the order of the folders
+    return pd.concat([pd.Series(images, name="image", dtype=object), labels], axis=1)
 
 
 def _is_split(root: Path) -> bool:
     """Say whether there are train/ and val/, refuse one of them alone with classes in it."""
     there = [name for name in ("train", "val") if (root / name).is_dir()]
     if len(there) == 1:
-        inside = [path.relative_to(root / there[0]) for path in list_images(root / there[0])]
-        if inside and all(len(path.parts) > 1 for path in inside):
+        inside = [path.relative_to(root) for path in list_images(root)]
+        if inside and all(p.parts[0] == there[0] and len(p.parts) > 2 for p in inside):
             problem = f"expected train/ and val/ in it, found {there[0]}/ alone"
             raise ValueError(f"{root}: {problem}; add the other, or read {root / there[0]}.")
     return len(there) == 2
@@ -2159,14 +2160,15 @@ def _pretrained_windows(name: str, path: Path) -> dict[str, Any]:
     is_swin_v2 = timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2")
     if not is_swin_v2 or not path.is_file():
         return {}
+    state: dict[str, torch.Tensor] = {}
     with contextlib.suppress(Exception):  # a file that cannot be read is named when it is loaded
         state = timm.models.load_state_dict(str(path), weights_only=True)
-        tables, key = [], "layers.{}.blocks.0.attn.relative_coords_table"
-        while key.format(len(tables)) in state:
-            tables.append(state[key.format(len(tables))][0])  # (2 h - 1, 2 w - 1, 2)
-        windows = [[_window(t[:, 0, 0]), _window(t[0, :, 1])] for t in tables]
-        return {"pretrained_window_sizes": windows} if windows else {}
-    return {}
+    windows, key = [], "layers.{}.blocks.0.attn.relative_coords_table"
+    while key.format(len(windows)) in state:
+        table = state[key.format(len(windows))][0]  # (2 h - 1, 2 w - 1, 2)
+        windows.append([_window(table[:, 0, 0]), _window(table[0, :, 1])])
+    unknown = [0] * (4 - len(windows))  # of a network with more stages, which is refused later
+    return {"pretrained_window_sizes": windows + unknown} if windows else {}
 
 
 def _window(offsets: torch.Tensor) -> int:
@@ -2330,7 +2332,7 @@ def fast_precision(model: nn.Module, device: str | None = None) -> str:
     """Return the accelerate precision in which a device trains `model` fastest.
 
     "bf16" or "fp16" on a GPU; on a CPU "bf16" where it has instructions for that, but "no" for
-    networks of depth-wise convolutions, half of which are slower then (MobileNet, EfficientNet).
+    networks with depth-wise convolutions, of which some are slower then (MobileNet, EfficientNet).
 
     Args:
         device: "cuda", "mps" or "cpu"; None is the fastest of this machine.
@@ -2341,7 +2343,9 @@ def fast_precision(model: nn.Module, device: str | None = None) -> str:
     cpu = torch.cpu.get_capabilities()
     units = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
-    depth_wise = gains_by_channels_last(model) and any(m.groups > 1 for m in convolutions)
+    depth_wise = gains_by_channels_last(model) and any(
+        m.groups == m.in_channels > 1 for m in convolutions
+    )
     return "bf16" if units and device == "cpu" and not depth_wise else "no"
 
 
@@ -2495,11 +2499,13 @@ class TrainConfig:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and value >= 0):
                 raise ValueError(f"{name}={value!r}: expected 0 or more.")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing}: expected 0 to below 1.")
-        if not isinstance(self.loss, str) or "label_smoothing" in self.loss_kwargs:
+        smoothing = self.label_smoothing
+        if not (isinstance(smoothing, (int, float)) and 0 <= smoothing < 1):
+            raise ValueError(f"label_smoothing={smoothing!r}: expected 0 to below 1.")
+        own = isinstance(self.loss_kwargs, dict) and "label_smoothing" not in self.loss_kwargs
+        if not (isinstance(self.loss, str) and own):
             problem = f"loss={self.loss!r}, loss_kwargs={self.loss_kwargs}"
-            raise ValueError(f"{problem}: expected a name, and label_smoothing by itself.")
+            raise ValueError(f"{problem}: expected a name and a dict without label_smoothing.")
         _check_choice("schedule", self.schedule, SCHEDULES)
 
 
@@ -2689,13 +2695,15 @@ class Trainer:
         return self._run(after_epoch)
 
     def _check_same(self, state: dict[str, Any]) -> None:
-        """Refuse what would not go on as it began: other data or processes, fp16 on one side."""
+        """Refuse what would not go on as it began, e.g. another number of images or processes."""
         now, before = self._circumstances(), {**self._circumstances(), **state}
         fix = "resume as it was trained, or call fit() to start again"
-        for what in ("processes", "images", "labels"):
+        for what in ("processes", "images"):
             if now[what] != before[what]:
                 found = f"{before[what]} {what}, and now there are {now[what]}"
                 raise ValueError(f"{self.run_dir} was trained with {found}; {fix}.")
+        if now["labels"] != before["labels"]:
+            raise ValueError(f"{self.run_dir} was trained with other labels; {fix}.")
         if (now["precision"] == "fp16") != (before["precision"] == "fp16"):
             found = f"{before['precision']!r}, and precision is now {now['precision']!r}"
             raise ValueError(f"{self.run_dir} was trained with {found}; {fix}.")
@@ -2704,7 +2712,7 @@ class Trainer:
         """Return what the machine and the data, and not the configuration, decide."""
         accelerator = self.accelerator
         found = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-        labels = len(self.val_set.label_columns)
+        labels = self.val_set.label_columns
         return {**found, "images": len(self.loader.dataset), "labels": labels}
 
     def predict(self, dataset: DataPartition, weights: str = "current") -> np.ndarray:
@@ -3048,7 +3056,11 @@ def compare_scores(
         raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
 
     def replicates(runs: np.ndarray) -> np.ndarray:
-        runs = np.reshape(runs, (-1, *np.shape(targets)))
+        runs = np.asarray(runs, float)
+        runs = runs[None] if runs.ndim == 2 else runs
+        if runs.shape[1:] != np.shape(targets):
+            expected = f"{np.shape(targets)}, as the targets, or several of these"
+            raise ValueError(f"probabilities of shape {runs.shape[1:]}: expected {expected}.")
         scores = [_replicates(targets, p, 0.5, groups, n_bootstrap, seed) for p in runs]
         return np.mean([np.column_stack([one["AP"], one["mAP"]]) for one in scores], axis=0)
 

@@ -744,7 +744,7 @@ def test_one_of_train_and_val_alone_is_refused_but_may_be_a_class(tmp_path):
     put_images(tmp_path, "train/sea/1.jpg", "train/bog/1.jpg")
     with pytest.raises(ValueError, match="expected train/ and val/ in it, found train/ alone; add"):
         read_class_folders(tmp_path)
-    put_images(tmp_path / "vehicles", "train/1.jpg", "car/1.jpg")
+    put_images(tmp_path / "vehicles", "train/day 1/1.jpg", "car/day 1/1.jpg")
     assert list(read_class_folders(tmp_path / "vehicles")) == ["image", "car", "train"]
 
 

@@ -980,7 +980,7 @@ def test_batch_that_was_broken_off_half_unscaled_is_forgotten(sets, tmp_path):
         ({"processes": 4}, "trained with 4 processes, and now there are 1; resume as"),
         ({"precision": "fp16"}, "trained with 'fp16', and precision is now 'no'; resume as"),
         ({"images": 999}, "trained with 999 images, and now there are"),
-        ({"labels": 99}, "trained with 99 labels, and now there are"),
+        ({"labels": ["other"]}, "trained with other labels; resume as"),
     ],
 )
 def test_resume_on_a_machine_that_cannot_go_on_is_refused(sets, tmp_path, saved, message):
@@ -1012,7 +1012,9 @@ def test_broken_run_folder_is_named_with_what_to_do(sets, tmp_path, name, conten
         ({"weight_decay": None}, "weight_decay=None: expected 0 or more"),
         ({"mixup_alpha": float("nan")}, "mixup_alpha=nan: expected 0 or more"),
         ({"loss": None}, "loss=None.*: expected a name"),
-        ({"loss_kwargs": {"label_smoothing": 0.5}}, "label_smoothing by itself"),
+        ({"loss_kwargs": {"label_smoothing": 0.5}}, "a dict without label_smoothing"),
+        ({"loss_kwargs": None}, "a dict without label_smoothing"),
+        ({"label_smoothing": "0.1"}, "label_smoothing='0.1': expected 0 to below 1"),
         ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
     ],
 )

@@ -270,6 +270,8 @@ def test_several_trainings_are_compared_by_their_mean_scores_and_not_by_mean_pro
     # Sun: 1 and 5/6 are the APs of the two
     assert table.loc["Sun", ["baseline", "AP"]].tolist() == pytest.approx([8 / 9, 17 / 18])
     np.testing.assert_allclose(table[["low", "high"]], alone[["low", "high"]] / 3)
+    with pytest.raises(ValueError, match=r"shape \(3, 4\): expected \(4, 3\), as the targets"):
+        du.compare_scores(**COMPARED | {"probs": COMPARED["probs"].T})
 
 
 # ---------------------------------------------------------------- thresholds and panoramas

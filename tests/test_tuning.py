@@ -100,8 +100,9 @@ def test_file_that_is_no_study_is_named(nb, tmp_path, monkeypatch):
         nb.open_study(tmp_path, "s", about(), 42)
 
 
-def test_settings_that_json_does_not_know_leave_no_half_study(nb, tmp_path):
-    nb.open_study(tmp_path, "s", about(PRETRAINED=tmp_path / "a.pt"), 42)
+def test_settings_that_json_does_not_know_are_stored_as_text(nb, tmp_path):
+    study = nb.open_study(tmp_path, "s", about(PRETRAINED=tmp_path / "a.pt"), 42)
+    assert study.user_attrs["settings"]["PRETRAINED"] == str(tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"another settings \(\['PRETRAINED'\]\)"):
         nb.open_study(tmp_path, "s", about(PRETRAINED=tmp_path / "b.pt"), 42)
 
@@ -124,6 +125,16 @@ def test_settings_that_json_does_not_know_leave_no_half_study(nb, tmp_path):
 def test_mistakes_in_the_search_space_stop_before_the_search(nb, name, space, default, message):
     with pytest.raises(AssertionError, match=message):
         nb.check_space(name, space, default)
+
+
+def test_whole_bounds_of_a_rate_still_give_rates_between_them(nb):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    study.enqueue_trial({"WEIGHT_DECAY": 0.05})
+    space = {"low": 0, "high": 1}
+    nb.check_space("WEIGHT_DECAY", space, 0.05)
+    found = [nb.suggest(study.ask(), "WEIGHT_DECAY", space) for _ in range(5)]
+    assert found[0] == 0.05
+    assert not {*found} & {0, 1}
 
 
 def test_search_spaces_that_hold_the_default_are_taken(nb):
@@ -194,17 +205,17 @@ study.optimize(lambda trial: print("begun", flush=True) or time.sleep(600), n_tr
 
 
 @pytest.mark.parametrize(
-    ("space", "kind", "is_inside"),
+    ("name", "space", "kind", "is_inside"),
     [
-        ({"choices": [None, 0.9]}, (type(None), float), lambda v: v in (None, 0.9)),
-        ({"low": 1e-4, "high": 1e-2, "log": True}, float, lambda v: 1e-4 <= v <= 1e-2),
-        ({"low": 0.5, "high": 1}, float, lambda v: 0.5 <= v <= 1),
-        ({"low": 2, "high": 5}, int, lambda v: 2 <= v <= 5),
+        ("x", {"choices": [None, 0.9]}, (type(None), float), lambda v: v in (None, 0.9)),
+        ("x", {"low": 1e-4, "high": 1e-2, "log": True}, float, lambda v: 1e-4 <= v <= 1e-2),
+        ("x", {"low": 0.5, "high": 1}, float, lambda v: 0.5 <= v <= 1),
+        ("BATCH_SIZE", {"low": 2, "high": 5}, int, lambda v: 2 <= v <= 5),
     ],
 )
-def test_values_are_drawn_from_their_space(nb, space, kind, is_inside):
+def test_values_are_drawn_from_their_space(nb, name, space, kind, is_inside):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    drawn = [nb.suggest(study.ask(), "x", space) for _ in range(50)]
+    drawn = [nb.suggest(study.ask(), name, space) for _ in range(50)]
     assert all(isinstance(value, kind) and is_inside(value) for value in drawn)
     assert len(set(drawn)) > 1
 
