@@ -761,11 +761,20 @@ def _find_images(images: pd.Series, image_dir: Path) -> pd.Series:
     return images.map(fitting)
 
 
+def _panorama_groups(paths: pd.Series) -> pd.Series:
+    """Return the panorama of each path, also where class folders lie between its two halves."""
+    panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
+    is_half = panorama != paths.map(lambda p: _without_suffix(p.as_posix()))
+    alone = panorama.where(is_half & ~panorama.duplicated(keep=False))
+    name = alone.map(lambda p: Path(p).name, na_action="ignore")
+    return panorama.mask(name.map(name.value_counts()) == 2, name)
+
+
 def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> pd.Series:
     if isinstance(group_by, str) and group_by in targets.columns:
         return targets[group_by].astype(str)
     if group_by == "panorama":
-        return paths.map(lambda p: Path(panorama_name(p)).as_posix())
+        return _panorama_groups(paths)
     if not isinstance(group_by, int) or group_by < 1:
         wanted = f"'panorama', a number of folders or a column of {_some(targets.columns)}"
         raise ValueError(f"group_by={group_by!r}: expected {wanted}.")

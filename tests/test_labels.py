@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import string
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -656,6 +657,22 @@ def test_class_folders_join_with_their_images(tmp_path):
     expected = [f"{tmp_path.as_posix()}/desert/1.jpg", f"{tmp_path.as_posix()}/sea/1.jpg"]
     assert found["image_path"].tolist() == expected
     assert found["sea"].tolist() == [0, 1]
+
+
+def test_halves_in_two_class_folders_stay_one_panorama(tmp_path):
+    names = ["sea/a_left.jpg", "bog/a_right.jpg", "sea/b_left.jpg", "sea/b_right.jpg"]
+    names += ["sea/c_left.jpg", "bog/1.jpg", "sea/1.jpg"]  # 1: numbered anew in each class
+    put_images(tmp_path, *names)
+    found = attach_images(read_class_folders(tmp_path), tmp_path)
+    groups = dict(
+        zip(
+            found["image_path"].map(lambda p: Path(p).relative_to(tmp_path).as_posix()),
+            found["group_id"],
+        )
+    )
+    assert groups["sea/a_left.jpg"] == groups["bog/a_right.jpg"] == "a"
+    assert groups["sea/b_left.jpg"] == groups["sea/b_right.jpg"] == "sea/b"
+    assert [groups[n] for n in names[4:]] == ["sea/c", "bog/1", "sea/1"]
 
 
 def test_folder_without_class_folders_or_a_missing_folder_is_named(tmp_path):
