@@ -764,10 +764,11 @@ def _find_images(images: pd.Series, image_dir: Path) -> pd.Series:
 def _panorama_groups(paths: pd.Series) -> pd.Series:
     """Return the panorama of each path, also where class folders lie between its two halves."""
     panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
-    is_half = panorama != paths.map(lambda p: _without_suffix(p.as_posix()))
-    alone = panorama.where(is_half & ~panorama.duplicated(keep=False))
-    name = alone.map(lambda p: Path(p).name, na_action="ignore")
-    return panorama.mask(name.map(name.value_counts()) == 2, name)
+    file = paths.map(lambda p: _without_suffix(p.name))
+    name = file.map(panorama_name)
+    # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
+    alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
+    return panorama.mask(alone & name.map(name[alone].value_counts()).eq(2), name)
 
 
 def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> pd.Series:
@@ -1325,15 +1326,10 @@ def _rand_augment(settings: str, config: dict) -> list[Callable]:
     grey = tuple(round(255 * value) for value in config["mean"])
     reach = {"translate_const": int(0.45 * min(config["input_size"][1:])), "img_mean": grey}
     known = r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t\w+)*"
-    try:
-        if not isinstance(settings, str) or not re.fullmatch(
-            known, settings
-        ):  # timm passes over what it does not know
-            raise ValueError
-        return [v2.ToPILImage(), rand_augment_transform(settings, reach), v2.ToImage()]
-    except (AssertionError, KeyError, ValueError):
-        example = "expected e.g. 'rand-m9-n2-mstd0.5'"
-        raise ValueError(f"rand_augment={settings!r}: {example}.") from None
+    if isinstance(settings, str) and re.fullmatch(known, settings):  # timm passes over the unknown
+        with contextlib.suppress(AssertionError, KeyError, ValueError):
+            return [v2.ToPILImage(), rand_augment_transform(settings, reach), v2.ToImage()]
+    raise ValueError(f"rand_augment={settings!r}: expected e.g. 'rand-m9-n2-mstd0.5'.")
 
 
 def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
@@ -2705,7 +2701,8 @@ class Trainer:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Refuse what would not go on as it began, e.g. another number of images or processes."""
-        now, before = self._circumstances(), {**self._circumstances(), **state}
+        now = self._circumstances()
+        before = now | state  # a resume point of before an entry existed is taken
         fix = "resume as it was trained, or call fit() to start again"
         for what in ("processes", "images"):
             if now[what] != before[what]:

@@ -662,6 +662,7 @@ def test_class_folders_join_with_their_images(tmp_path):
 def test_halves_in_two_class_folders_stay_one_panorama(tmp_path):
     names = ["sea/a_left.jpg", "bog/a_right.jpg", "sea/b_left.jpg", "sea/b_right.jpg"]
     names += ["sea/c_left.jpg", "bog/1.jpg", "sea/1.jpg"]  # 1: numbered anew in each class
+    names += ["sea/d_left.jpg", "bog/d_left.jpg"]  # of two panoramas
     put_images(tmp_path, *names)
     found = attach_images(read_class_folders(tmp_path), tmp_path)
     groups = dict(
@@ -672,7 +673,7 @@ def test_halves_in_two_class_folders_stay_one_panorama(tmp_path):
     )
     assert groups["sea/a_left.jpg"] == groups["bog/a_right.jpg"] == "a"
     assert groups["sea/b_left.jpg"] == groups["sea/b_right.jpg"] == "sea/b"
-    assert [groups[n] for n in names[4:]] == ["sea/c", "bog/1", "sea/1"]
+    assert [groups[n] for n in names[4:]] == ["sea/c", "bog/1", "sea/1", "sea/d", "bog/d"]
 
 
 def test_folder_without_class_folders_or_a_missing_folder_is_named(tmp_path):
