@@ -15,6 +15,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import os
 import random
@@ -44,7 +45,7 @@ from iterstrat.ml_stratifiers import IterativeStratification
 from joblib import Parallel, delayed
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
-from sklearn.metrics import cohen_kappa_score, pairwise_distances_argmin_min
+from sklearn.metrics import cohen_kappa_score, fbeta_score, pairwise_distances_argmin_min
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
@@ -77,7 +78,9 @@ __all__ = [
     "append_decision",
     "apply_decisions",
     "attach_images",
+    "base_rate_logits",
     "build_model",
+    "build_run",
     "combine_halves",
     "compare_scores",
     "extract_features",
@@ -87,6 +90,7 @@ __all__ = [
     "find_optimal_thresholds",
     "find_wrong_classes",
     "find_wrong_labels",
+    "fit_probe",
     "gains_by_channels_last",
     "group_stratified_split",
     "label_distribution",
@@ -116,6 +120,7 @@ __all__ = [
     "summarize_scores",
     "to_panorama_level",
     "to_targets",
+    "use_probe",
     "write_labelbox",
     "write_partition",
 ]
@@ -123,6 +128,7 @@ __all__ = [
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 VIEWS = ("half", "panorama")
+PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
 _NUMBER, _NOTHING = (int, float), type(None)
 TUNABLE = {"LEARNING_RATE": _NUMBER, "WEIGHT_DECAY": _NUMBER, "LAYER_DECAY": (*_NUMBER, _NOTHING)}
@@ -1308,6 +1314,9 @@ def make_transforms(
     steps: list[nn.Module] = [v2.ToImage()]
     if train:
         steps += [RandomHorizontalRoll(view)] if view == "panorama" else []
+        # Squeezed first, as at test time: a crop of a 3:2 photo alone would never look like that.
+        large = [int(np.ceil(side / crop_scale[0] ** 0.5)) for side in size]
+        steps += [v2.Resize(large, interpolation=mode, antialias=True)]
         ratio = tuple(shape * size[1] / size[0] for shape in (3 / 4, 4 / 3))
         steps += [v2.RandomResizedCrop(size, crop_scale, ratio, interpolation=mode)]
         steps += [v2.RandomHorizontalFlip()]
@@ -1335,8 +1344,6 @@ def _rand_augment(settings: str, config: dict) -> list[Callable]:
 def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
     """Return the height and width that suffice for the first resizing step of `transform`."""
     for step in getattr(transform, "transforms", [transform]):
-        if isinstance(step, v2.RandomResizedCrop):
-            return tuple(int(np.ceil(side / step.scale[0] ** 0.5)) for side in step.size)
         if isinstance(step, v2.Resize) and len(step.size) == 2:
             return tuple(step.size)
     return None
@@ -1810,7 +1817,8 @@ class CSRA(_SpatialHead):
 
     With scores s = x·w / ‖w‖ at every position, a label's logit is
     mean(s) + λ Σ softmax(T s) s, summed over heads, each with weights and a temperature T of its
-    own; T = 99 stands for the maximum. Published weights (`multi_head.{i}.head.weight`) load.
+    own; T = 99 stands for the maximum. Published weights (`multi_head.{i}.head.weight`) load; the
+    bias, which they lack, is then zero.
 
     Args:
         heads: 1, 2, 4, 6 or 8.
@@ -1837,6 +1845,7 @@ class CSRA(_SpatialHead):
         self.lam = lam
         self.weight = nn.Parameter(torch.empty(heads, num_labels, num_features))
         nn.init.kaiming_uniform_(self.weight.flatten(0, 1), a=5**0.5)  # as a 1×1 convolution
+        self.bias = nn.Parameter(torch.zeros(num_labels))
         temperatures = torch.tensor(self.TEMPERATURES[heads], dtype=torch.float)
         self.register_buffer("temperatures", temperatures.view(-1, 1, 1), persistent=False)
         self.register_load_state_dict_pre_hook(_stack_published_csra)
@@ -1853,7 +1862,7 @@ class CSRA(_SpatialHead):
         pooled = (attention * scores).sum(-1)
         is_max = self.temperatures[..., 0] == self.MAX_POOLING
         attended = torch.where(is_max, scores.amax(-1), pooled)
-        return (scores.mean(-1) + self.lam * attended).sum(1)
+        return (scores.mean(-1) + self.lam * attended).sum(1) + self.bias
 
     def attention(self, features: torch.Tensor) -> torch.Tensor:
         """Return the class-specific attention (B, L, N), the mean over heads; a row sums to 1."""
@@ -1866,6 +1875,7 @@ class CSRA(_SpatialHead):
 
 def _stack_published_csra(module: CSRA, state: dict, prefix: str, *_: Any) -> None:
     """Turn the keys of the authors' code, one convolution a head, into this module's."""
+    state.setdefault(f"{prefix}bias", torch.zeros_like(module.bias))
     keys = [f"{prefix}multi_head.{i}.head.weight" for i in range(len(module.weight))]
     if keys[0] in state:
         found = [state.pop(key) for key in keys if key in state]  # too many or few: no fit, named
@@ -2045,15 +2055,17 @@ def build_model(
     head: str = "linear",
     pretrained: bool | str | os.PathLike = True,
     img_size: int | Sequence[int] | None = None,
+    head_bias: Sequence[float] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a timm backbone with a new head.
+    """Build a timm backbone with a new head that starts small.
 
     Args:
         name: any timm model, e.g. "swinv2_base_window12to24_192to384".
         head: "linear", "csra" or "mldecoder".
         pretrained: True (Hugging Face hub), False (random weights) or a state-dict file.
         img_size: input height and width in pixels; None is the model's own.
+        head_bias: the logits that the head starts from (L,), see `base_rate_logits`; None: zeros.
         **kwargs: what `CSRA` or `MLDecoder` takes (e.g. lam) goes to the head, all else to timm
             (e.g. drop_rate or window_size).
 
@@ -2078,17 +2090,64 @@ def build_model(
     if pretrained and pretrained is not True:
         kwargs = _pretrained_windows(name, Path(pretrained)) | kwargs
     model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
+    bias = torch.zeros(num_labels) if head_bias is None else head_bias
+    _start_head(model, bias)
     if pretrained:
         _load_pretrained(model, name, pretrained, num_labels)
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *size) if size else config["input_size"]
     if head != "linear":
         model = _replace_head(model, head, num_labels, config["input_size"], head_kwargs)
+        _start_head(model, bias)
     model.data_config = {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
     model.spec = {"model_name": name, "head": head, "head_kwargs": head_kwargs}
     model.spec |= {"num_labels": num_labels, "img_size": list(config["input_size"][1:])}
     model.spec["model_kwargs"] = kwargs
     return model
+
+
+def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray:
+    """Return the logit of each label's share of present among its known cells, (L,).
+
+    A head that starts there has no loss to lose by learning the rates. They are clipped to half a
+    photo more than none and less than all.
+
+    Args:
+        targets: (N, L) of the training part, NaN for unknown.
+        exclusive: one class an image: the logarithms of the shares, for a softmax.
+    """
+    known = (~np.isnan(targets)).sum(0)
+    least = 0.5 / np.maximum(known, 1)
+    rates = (np.nansum(targets, 0) / np.maximum(known, 1)).clip(least, 1 - least)
+    return np.log(rates) if exclusive else np.log(rates / (1 - rates))
+
+
+def _last_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that give the logits of a model with a linear head; distilled have two."""
+    found = model.get_classifier()
+    found = found if isinstance(found, tuple) else (found,)
+    kinds = nn.Linear, nn.Conv2d
+    return [[m for m in part.modules() if isinstance(m, kinds)][-1] for part in found]
+
+
+@torch.no_grad()
+def _start_head(model: nn.Module, bias: Sequence[float] | np.ndarray | torch.Tensor) -> None:
+    """Make the first logits nearly `bias`: large ones would tear up the pretrained features.
+
+    timm starts some families (EfficientNet, MobileNet, MNASNet) with weights that grow as labels
+    get fewer: 16 times as large as `nn.Linear`'s for 5 labels.
+    """
+    head, bias = model.get_classifier(), torch.as_tensor(bias, dtype=torch.float32)
+    if isinstance(head, CSRA):  # of its weights only the directions count
+        head.bias.copy_(bias)
+    elif isinstance(head, MLDecoder):
+        head.decoder.duplicate_pooling.mul_(0.4)
+        head.decoder.duplicate_pooling_bias.copy_(bias)
+    else:
+        for layer in _last_layers(model):
+            nn.init.trunc_normal_(layer.weight, std=0.1 / layer.weight[0].numel() ** 0.5)
+            if layer.bias is not None:
+                layer.bias.copy_(bias)
 
 
 def _create_model(name: str, size: tuple[int, int] | None, kwargs: dict) -> nn.Module:
@@ -2198,9 +2257,8 @@ def _load_file(model: nn.Module, name: str, path: Path, filter_fn: Callable | No
         result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=fitting)
     except Exception as error:
         raise ValueError(f"{path}: not a state dict that is safe to load ({error}).") from None
-    heads = model.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)  # distilled ones have two
-    classifier = tuple(f"{n}." for n, m in model.named_modules() if any(m is h for h in heads))
+    layers = _last_layers(model)
+    classifier = tuple(f"{n}." for n, m in model.named_modules() if any(m is h for h in layers))
     lost = [k for k in result.missing_keys if not k.startswith(classifier)]
     lost = [k for k in lost if not k.endswith("num_batches_tracked")]  # files of old PyTorch
     if lost:
@@ -2238,31 +2296,147 @@ def extract_features(
     batch_size: int = 32,
     num_workers: int = 0,
     pooled: bool = False,
+    cache_dir: str | os.PathLike | None = None,
 ) -> torch.Tensor:
     """Return what the model's head sees of every image, unpooled, e.g. (N, H, W, C) of SwinV2.
 
-    Computed once, a head is trained on them in seconds (`FeatureSet`).
+    Computed once, a head is trained on them in seconds (`FeatureSet`, `fit_probe`).
 
     Args:
         model: one of timm's, or with a head of this file.
         pooled: (N, C) instead, what the last layer of one of timm's models sees; a small part of
             the memory.
+        cache_dir: keeps them there; asked again for the same photos (name, size, time), weights and
+            preparation, they are read instead of computed.
 
     Raises:
         ValueError: pooled features of a model with a head of this file, which does not pool.
     """
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
+    cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
+    if cached and cached.is_file():
+        return torch.from_numpy(np.load(cached, allow_pickle=False))
     device = next(model.parameters()).device
-    model.eval()
-    found = []
+    layout = torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
+    model.to(memory_format=layout).eval()
+    found, loader = [], make_loader(dataset, batch_size, num_workers=num_workers)
     # not inference_mode: a head could not be trained on its tensors
     with torch.no_grad(), _autocast(model, device.type):
-        for images, _ in make_loader(dataset, batch_size, num_workers=num_workers):
-            features = model.forward_features(images.to(device))
+        for images, _ in tqdm(loader, desc="features", leave=False, delay=2):
+            images = images.to(device).contiguous(memory_format=layout)
+            features = model.forward_features(images)
             features = model.forward_head(features, pre_logits=True) if pooled else features
             found.append(features.float().cpu())
-    return torch.cat(found)
+    features = torch.cat(found)
+    if cached:
+        with replacing(cached) as temporary, open(temporary, "wb") as file:
+            np.save(file, features.contiguous().numpy(), allow_pickle=False)
+    return features
+
+
+def _features_key(model: nn.Module, dataset: DataPartition, pooled: bool) -> str:
+    """Return a name that changes with the photos, the backbone's weights or the preparation."""
+    stats = [os.stat(path) for path in dataset.paths]
+    files = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(dataset.paths, stats)]
+    digest = hashlib.sha256(repr((files, str(dataset.transform), pooled)).encode())
+    in_head = {id(tensor) for tensor in model.get_classifier().state_dict(keep_vars=True).values()}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in in_head:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
+
+
+def _fit_logistic(
+    x: torch.Tensor, y: torch.Tensor, strength: float, exclusive: bool
+) -> torch.Tensor:
+    """Return (C + 1, L) of ridge logistic regressions: least Σ loss + ‖w‖² / 2 strength.
+
+    The same optimum as sklearn.linear_model.LogisticRegression(C=strength), all labels at once.
+    """
+    known = ~y.isnan()
+    weights = torch.zeros(x.shape[1] + 1, y.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = _log_loss(x @ weights[:-1] + weights[-1], y, known, exclusive)
+        loss = (loss + weights[:-1].square().sum() / (2 * strength)) / len(x)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach()
+
+
+def _log_loss(
+    logits: torch.Tensor, y: torch.Tensor, known: torch.Tensor, exclusive: bool
+) -> torch.Tensor:
+    """Return the sum of the log losses over the known cells, or over the judged images."""
+    if exclusive:
+        losses = F.cross_entropy(logits, y.nan_to_num(0.0), reduction="none")
+        return (losses * known.all(1)).sum()
+    losses = F.binary_cross_entropy_with_logits(logits, y.nan_to_num(0.0), reduction="none")
+    return (losses * known).sum()
+
+
+def fit_probe(
+    features: torch.Tensor,
+    targets: np.ndarray,
+    groups: Sequence | None = None,
+    n_folds: int = 5,
+    exclusive: bool = False,
+    seed: int = 42,
+) -> tuple[nn.Linear, pd.Series]:
+    """Fit a linear probe: one logistic regression a label on features of a frozen backbone.
+
+    How strongly it is held back (one strength for all labels) is chosen by the log loss on groups
+    left out in turn.
+
+    Args:
+        features: (N, C), e.g. of `extract_features(pooled=True)`.
+        targets: (N, L) of the training part, NaN for unknown.
+        groups: (N,), never divided between folds; None: every row is its own.
+        exclusive: one class an image: one softmax instead of L sigmoids.
+
+    Returns:
+        The layer, features (B, C) → logits (B, L), and the log loss of each strength.
+    """
+    groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
+    y = torch.as_tensor(np.asarray(targets), dtype=torch.float32)
+    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+    x, losses = (features - mean) / std, []
+    n_folds = min(n_folds, len(set(groups)))
+    folds = GroupKFold(n_folds, shuffle=True, random_state=seed).split(x, groups=groups)
+    folds = list(folds) if n_folds > 1 else []
+    for strength in PROBE_STRENGTHS:
+        total = 0.0
+        for train, held_out in folds:
+            weights = _fit_logistic(x[train], y[train], strength, exclusive)
+            logits, rest = x[held_out] @ weights[:-1] + weights[-1], y[held_out]
+            total += _log_loss(logits, rest, ~rest.isnan(), exclusive).item()
+        losses.append(total / max(int((~y.isnan()).sum()), 1))
+        if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
+            break  # it only overfits more from here
+    table = pd.Series(losses, PROBE_STRENGTHS[: len(losses)], name="log loss")
+    weights = _fit_logistic(x, y, table.idxmin(), exclusive)
+    layer = nn.Linear(features.shape[1], y.shape[1])
+    with torch.no_grad():
+        layer.weight.copy_((weights[:-1] / std[:, None]).T)
+        layer.bias.copy_(weights[-1] - layer.weight @ mean)
+    return layer, table.rename_axis("strength")
+
+
+@torch.no_grad()
+def use_probe(model: nn.Module, probe: nn.Linear) -> None:
+    """Make the last layer of a model with a linear head the probe's."""
+    for layer in _last_layers(model):
+        layer.weight.copy_(probe.weight.view_as(layer.weight))
+        layer.bias.copy_(probe.bias)
 
 
 def measure_throughput(
@@ -2437,6 +2611,12 @@ def _check_exclusive(part: DataPartition, name: str) -> None:
         raise ValueError(f"loss='ce': {problem}; use 'bce' where several labels may be present.")
 
 
+def _look(model: nn.Module, images: torch.Tensor, flip: bool) -> torch.Tensor:
+    """Return logits, with `flip` the mean of those of the images and of their mirror images."""
+    logits = model(images)
+    return (logits + model(images.flip(-1))) / 2 if flip else logits
+
+
 def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
     """Return (..., L): the softmax of classes that exclude each other, else sigmoids."""
     logits = logits.float()
@@ -2458,11 +2638,39 @@ def _remove_resume_point(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+# What `TrainConfig.recipe` starts from: at least `steps` steps and `min_epochs` epochs.
+PRETRAINED_RECIPE: dict[str, Any] = {
+    "steps": 150,
+    "min_epochs": 3,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.05,
+    "layer_decay": 0.8,
+    "warmup_epochs": 1,
+    "ema_decay": 0.98,
+    "batch_norm": "frozen",
+    "min_crop": 0.4,
+    "start": "probe",
+    "flip_test": True,
+}
+SCRATCH_RECIPE: dict[str, Any] = {
+    "steps": 840,
+    "min_epochs": 20,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.2,
+    "warmup_epochs": 3,
+    "patience": 15,
+    "min_crop": 0.95,
+}
+
+
 @dataclass
 class TrainConfig:
     """Everything that decides a training run; saved as config.json beside its results.
 
     Rates are for one optimizer step, which sees batch_size × grad_accum_steps × processes images.
+    The first block says how to learn, the second from what; `build_run` makes it all.
     """
 
     epochs: int = 30
@@ -2482,6 +2690,21 @@ class TrainConfig:
     label_smoothing: float = 0.0  # "ce" only
     class_weights: str | None = None
     schedule: str = "cosine"  # of the learning rate, one of SCHEDULES
+    start: str = "small"  # or "probe": the head is a probe already, which epoch 0 validates
+    batch_norm: str = "trained"  # or "frozen": statistics as they were pretrained
+    grad_checkpointing: bool = False  # half the memory for a third more time
+    min_crop: float = 0.8  # share of a photo that a random crop keeps
+    rand_augment: str | None = None  # in the place of the colour jitter, see `make_transforms`
+    drop_rate: float = 0.0  # before the head
+    flip_test: bool = False  # answer for a photo and its mirror image together
+
+    partition_dir: str = ""  # of partitioning.ipynb
+    view: str = "half"
+    model_name: str = ""  # of timm
+    model_kwargs: dict = field(default_factory=dict)
+    pretrained: bool | str = False  # True (hub), or the path of a state dict
+    img_width: int = 0  # pixels; the height is the same, or half of it for panoramas
+    cache_dir: str | None = None  # keeps decoded, shrunk photos, and features
     patience: int = 10  # epochs without a better validation score
     seed: int = 42
     num_workers: int = 0
@@ -2512,6 +2735,97 @@ class TrainConfig:
             problem = f"loss={self.loss!r}, loss_kwargs={self.loss_kwargs}"
             raise ValueError(f"{problem}: expected a name and a dict without label_smoothing.")
         _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("start", self.start, ("small", "probe"))
+        _check_choice("view", self.view, VIEWS)
+        self.model_kwargs = json.loads(json.dumps(self.model_kwargs))  # tuples as in config.json
+        if not (isinstance(self.min_crop, (int, float)) and 0 < self.min_crop <= 1):
+            raise ValueError(f"min_crop={self.min_crop!r}: expected more than 0 and at most 1.")
+        _check_choice("batch_norm", self.batch_norm, ("trained", "frozen"))
+
+    @classmethod
+    def recipe(cls, pretrained: bool | str, n_images: int, **changes: Any) -> "TrainConfig":
+        """Return the settings that were measured best (docs/results.md), with `changes`.
+
+        Args:
+            pretrained: as in `build_model`; random weights want another recipe.
+            n_images: of the training part: few photos are seen more often.
+            **changes: other fields; None leaves one to the recipe.
+
+        Raises:
+            ValueError: a field that does not exist.
+        """
+        unknown = changes.keys() - cls.__dataclass_fields__.keys()
+        if unknown:
+            known = _some(cls.__dataclass_fields__, 99)
+            raise ValueError(f"no option {_some(sorted(unknown))}; expected some of {known}.")
+        found = dict(PRETRAINED_RECIPE if pretrained else SCRATCH_RECIPE, pretrained=pretrained)
+        batch_size = changes.get("batch_size") or found["batch_size"]
+        epochs = round(found.pop("steps") * batch_size / max(n_images, 1))
+        found["epochs"] = min(max(epochs, found.pop("min_epochs")), 40)
+        return cls(**(found | {key: v for key, v in changes.items() if v is not None}))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike, **changes: Any) -> "TrainConfig":
+        """Return the settings of a config.json, with `changes`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not such a file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; run training.ipynb to make it.")
+        try:
+            return cls(**(json.loads(path.read_text(encoding="utf-8")) | changes))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no config.json of a training ({error}).") from None
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of the model's input."""
+        return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
+
+
+def build_run(
+    config: TrainConfig, head: str = "linear", **head_kwargs: Any
+) -> tuple[nn.Module, dict[str, "DataPartition"]]:
+    """Return the model and the data sets that a configuration describes.
+
+    Args:
+        head, head_kwargs: as in `build_model`.
+
+    Returns:
+        The model, its head at the base rates of the training part, and the parts: "train" with
+        augmentation, "plain" (the training part without), "val" and "test".
+
+    Raises:
+        FileNotFoundError: a partition is missing; it says which notebook makes it.
+    """
+    folder = Path(config.partition_dir)
+    parts = {name: read_partition(folder / f"{name}_partition.csv")[0] for name in PARTS}
+    labels = [column for column in parts["train"] if column not in NOT_LABELS]
+    rates = base_rate_logits(parts["train"][labels].to_numpy(float), config.loss == "ce")
+    set_seed(config.seed)
+    model = build_model(
+        config.model_name,
+        len(labels),
+        head,
+        config.pretrained,
+        config.img_size,
+        rates,
+        drop_rate=config.drop_rate,
+        **config.model_kwargs,
+        **head_kwargs,
+    )
+    crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
+    augment = make_transforms(model, True, config.view, **crops)
+    plain = make_transforms(model, False, config.view)
+    wanted = {"train": ("train", augment), "plain": ("train", plain)}
+    wanted |= {"val": ("val", plain), "test": ("test", plain)}
+    return model, {
+        name: DataPartition(parts[part], labels, transform, config.cache_dir)
+        for name, (part, transform) in wanted.items()
+    }
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
@@ -2630,6 +2944,8 @@ class Trainer:
         model = model.to(self.accelerator.device, memory_format=layout)
         decay = config.ema_decay
         self.plain = model  # without what accelerate wraps around it
+        if config.grad_checkpointing:
+            getattr(model, "backbone", model).set_grad_checkpointing()
         self.ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
         if config.compile:
             model.compile()
@@ -2653,6 +2969,30 @@ class Trainer:
         self.scheduler.step_update(self.step)
         return np.array(rates)
 
+    def seconds_per_epoch(self, steps: int = 3) -> float:
+        """Measure some training steps on this machine, after one to warm up, and leave no trace.
+
+        Returns:
+            Seconds an epoch of training takes, without its validation.
+        """
+        config, device = self.config, self.accelerator.device
+        buffers = [buffer.clone() for buffer in self.plain.buffers()]  # batch norm's statistics
+        loader = make_loader(
+            self.loader.dataset, config.batch_size, True, config.num_workers, config.seed
+        )
+        self._train_mode()
+        seconds, start = [], time.perf_counter()
+        for images, targets in itertools.islice(loader, steps + 1):
+            loss = self.training_loss(images.to(device), targets.to(device))
+            self.accelerator.backward(loss)
+            loss.item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+        self.model.zero_grad()
+        for buffer, before in zip(self.plain.buffers(), buffers):
+            buffer.copy_(before)
+        return float(np.median(seconds[1:] or seconds)) * len(self.loader)
+
     def fit(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Train from the start and return the history; the model then holds the best weights.
 
@@ -2668,6 +3008,9 @@ class Trainer:
             for old in ("last", "last.tmp"):
                 _remove_resume_point(self.run_dir / old)
             _write_json(self.run_dir / "config.json", asdict(self.config))
+        if self.config.start == "probe":
+            row = {"epoch": 0, "step": 0, "learning_rate": 0.0, "train_loss": float("nan")}
+            self._note(row | self.validate() | {"seconds": 0.0, "images_per_second": 0.0})
         return self._run(after_epoch)
 
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
@@ -2685,7 +3028,7 @@ class Trainer:
             _read_state(p) for p in (self.run_dir / "config.json", last / "trainer.json")
         )
         saved = asdict(TrainConfig()) | saved  # options that are newer than the run
-        free = {"patience", "num_workers", "compile"}
+        free = {"patience", "num_workers", "compile", "cache_dir", "flip_test"}
         changed = [k for k, v in asdict(self.config).items() if saved.get(k) != v and k not in free]
         if changed:
             fix = "restore it to resume, or call fit() to start again"
@@ -2721,16 +3064,22 @@ class Trainer:
         labels = self.val_set.label_columns
         return {**found, "images": len(self.loader.dataset), "labels": labels}
 
-    def predict(self, dataset: DataPartition, weights: str = "current") -> np.ndarray:
+    def predict(
+        self, dataset: DataPartition, weights: str = "current", flip: bool = False
+    ) -> np.ndarray:
         """Return probabilities (N, L) in the order of `dataset`.
 
         Args:
             dataset: its transform should be the one for evaluation.
             weights: "current", or "ema" for the moving average.
+            flip: look at every image and its mirror image; the mean of their logits counts.
         """
-        return _to_probs(self._predict_logits(dataset, weights), self.config.loss == "ce")
+        logits = self._predict_logits(dataset, weights, flip)
+        return _to_probs(logits, self.config.loss == "ce")
 
-    def _predict_logits(self, dataset: DataPartition, weights: str) -> torch.Tensor:
+    def _predict_logits(
+        self, dataset: DataPartition, weights: str, flip: bool = False
+    ) -> torch.Tensor:
         model = self.ema.module if weights == "ema" else self.model
         model.eval()
         if weights == "ema" and self.accelerator.num_processes > 1:  # each has its own batch norm
@@ -2746,7 +3095,8 @@ class Trainer:
         logits = []
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
-                logits.append(accelerator.gather_for_metrics(model(self._arrange(images))))
+                found = _look(model, self._arrange(images), flip)
+                logits.append(accelerator.gather_for_metrics(found))
         return torch.cat(logits).float()
 
     def _arrange(self, images: torch.Tensor) -> torch.Tensor:
@@ -2800,21 +3150,32 @@ class Trainer:
         row = {"epoch": self.epoch, "step": self.step, "learning_rate": rate}
         row |= {"train_loss": train_loss, **scores}
         row |= {"seconds": seconds, "images_per_second": len(self.loader.dataset) / seconds}
-        if self._score(row) > self.best:
-            self._save_best()
-            self.best = self._score(row)
-        self.history.append(row)
+        self._note(row)
         self._save_last()
         shown = {"epoch": self.epoch, "loss": f"{train_loss:.3f}"}
         shown |= {self.metric: f"{row[self.metric]:.3f}"}
         bar.set_postfix(shown, refresh=False)  # short trainings need no bar
 
-    def validate(self) -> dict[str, float]:
+    def _note(self, row: dict[str, Any]) -> None:
+        """Add a row to the history, and keep the weights if they are the best so far."""
+        if self._score(row) > self.best:
+            self._save_best(row.get("weights", "current"))
+            self.best = self._score(row)
+        self.history.append(row)
+
+    def validate(self) -> dict[str, Any]:
         """Return the validation scores of an epoch: `metric` and whatever else history shall hold.
 
-        Here val_loss and val_mAP; with loss="ce" val_top1 and val_top5 as well.
+        Here val_loss and val_mAP; with loss="ce" val_top1 and val_top5 as well. With a moving
+        average, the scores are those of the better weights, and `weights` says which these are.
         """
-        logits = self._predict_logits(self.val_set, "ema" if self.ema is not None else "current")
+        if self.ema is None:
+            return self._validate("current")
+        found = [self._validate(weights) | {"weights": weights} for weights in ("ema", "current")]
+        return max(found, key=self._score)
+
+    def _validate(self, weights: str) -> dict[str, float]:
+        logits = self._predict_logits(self.val_set, weights)
         targets = torch.tensor(self.val_set.targets, device=logits.device)
         exclusive = self.config.loss == "ce"
         probs = _to_probs(logits, exclusive)
@@ -2839,7 +3200,7 @@ class Trainer:
         """Return the mean loss of one epoch."""
         set_seed(self.config.seed + 7919 * (self.epoch + 1), device_specific=True)
         self.generator.manual_seed(self.config.seed + 7919 * (self.epoch + 1))
-        self.model.train()
+        self._train_mode()
         self.model.zero_grad()  # of a batch that an interrupt broke off
         if self.accelerator.scaler is not None:  # fp16: that batch may be half unscaled
             self.accelerator.scaler._per_optimizer_states.clear()
@@ -2864,15 +3225,22 @@ class Trainer:
             raise FloatingPointError(f"{problem}; lower learning_rate.")
         return mean
 
+    def _train_mode(self) -> None:
+        self.model.train()
+        norms = nn.modules.batchnorm._BatchNorm
+        if self.config.batch_norm == "frozen":
+            for module in filter(lambda m: isinstance(m, norms), self.plain.modules()):
+                module.eval()
+
     def _after_step(self) -> None:
         self.step += 1
         self.scheduler.step_update(self.step)
         if self.ema is not None:
             self.ema.update(self.plain, self.step)
 
-    def _save_best(self) -> None:
+    def _save_best(self, weights: str) -> None:
         if self.accelerator.is_main_process:
-            model = self.ema.module if self.ema is not None else self.plain
+            model = self.ema.module if weights == "ema" else self.plain
             _save_weights(model, self.run_dir / "best_model.pt")
 
     def _save_last(self) -> None:
@@ -3101,6 +3469,28 @@ def _best_cuts(
     return np.where(middle > lower, middle, upper), np.take_along_axis(score, best, 1)[:, 0]
 
 
+def _shrunk_cuts(
+    probs: np.ndarray, targets: np.ndarray, groups: np.ndarray, beta: float, seed: int
+) -> tuple[np.ndarray, float]:
+    """Return thresholds of (L, N) that hold on other photos, and the common one, in logits.
+
+    The mean cut of 30 bootstrap samples of groups lies in the middle of the plateau of good cuts;
+    from few positives it is drawn towards the common one: n / (n + 10) of it is the label's own.
+    """
+    rng, draws = np.random.default_rng(seed), []
+    rows = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
+    for _ in range(30):
+        drawn = np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])
+        p, y = probs[:, drawn], targets[:, drawn]
+        [common], _ = _best_cuts(p.reshape(1, -1), y.reshape(1, -1), beta, None)
+        own = np.where((y >= 0.5).any(1), _best_cuts(p, y, beta, None)[0], common)
+        draws.append([*own, common])
+    clipped = np.clip(draws, 1e-6, 1 - 1e-6)
+    *own, common = np.log(clipped / (1 - clipped)).mean(0)
+    n = (targets >= 0.5).sum(1)
+    return np.array(own) * n / (n + 10) + common * 10 / (n + 10), common
+
+
 def find_optimal_thresholds(
     probs: np.ndarray,
     targets: np.ndarray,
@@ -3108,7 +3498,9 @@ def find_optimal_thresholds(
     mode: str = "per_label",
     beta: float = 1.0,
     min_precision: float | None = None,
-    min_positives: int = 5,
+    min_positives: int = 10,
+    groups: Sequence | None = None,
+    seed: int = 42,
 ) -> pd.DataFrame:
     """Find the thresholds with the highest F-beta, exactly, among all cuts between probabilities.
 
@@ -3117,19 +3509,25 @@ def find_optimal_thresholds(
     Args:
         probs, targets: (N, L); NaN targets are left out.
         label_columns: L names.
-        mode: "per_label", or "global" for one threshold for all.
+        mode: "per_label"; "global" for one threshold for all; "shrunk" for thresholds that hold on
+            other photos: averaged over bootstrap samples of groups, and drawn towards the global
+            one where positives are few.
         beta: weight of recall against precision.
-        min_precision: instead, the highest recall at this precision or better.
+        min_precision: instead, the highest recall at this precision or better; not with "shrunk".
         min_positives: a label with fewer falls back to the global threshold.
+        groups: (N,), which the bootstrap of "shrunk" draws whole; None draws rows.
+        seed: of that bootstrap.
 
     Returns:
         A line a label: threshold (present means prob >= threshold), score on the given data,
-        positives and source: "own", "global" or why it fell back.
+        positives and source: "own", "shrunk", "global" or why it fell back.
     """
-    _check_choice("mode", mode, ("per_label", "global"))
+    _check_choice("mode", mode, ("per_label", "global", "shrunk"))
     probs, targets = np.asarray(probs, float).T, np.asarray(targets, float).T  # (L, N)
     if np.isnan(probs).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
+    if mode == "shrunk" and min_precision is not None:
+        raise ValueError("min_precision goes with mode='per_label' or 'global'.")
     pooled = probs.reshape(1, -1), targets.reshape(1, -1)
     [common], [reached] = _best_cuts(*pooled, beta, min_precision)
     own, score = _best_cuts(probs, targets, beta, min_precision)
@@ -3139,6 +3537,14 @@ def find_optimal_thresholds(
     if mode == "global":
         source = np.full(len(score), "global" if reached >= 0 else missed)
     is_own = source == "own"
+    if mode == "shrunk" and positives.any():
+        index = np.arange(probs.shape[1]) if groups is None else pd.factorize(pd.Series(groups))[0]
+        own, common = _shrunk_cuts(probs, targets, index, beta, seed)
+        own, common = 1 / (1 + np.exp(-own)), 1 / (1 + np.exp(-common))
+        f_beta = functools.partial(fbeta_score, beta=beta, zero_division=0)
+        known = ~np.isnan(targets)
+        score = [f_beta(y[k] >= 0.5, p[k] >= t) for y, p, t, k in zip(targets, probs, own, known)]
+        source = np.where(is_own, "shrunk", source)
     table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
     table["threshold"] = np.where(is_own, own, common if reached >= 0 else 0.5)
     table["score"] = np.where(is_own, score, np.nan)
@@ -3209,6 +3615,8 @@ class Classifier:
         panorama_thresholds: for whole panoramas answered by a half model; None: `thresholds`.
         activation: "sigmoid", or "softmax" for classes that exclude each other: the most probable
             one is present, and there are no thresholds.
+        flip: the thresholds were chosen for the mean over an image and its mirror image; so it
+            answers, in twice the time, unless `predict` is told otherwise.
     """
 
     def __init__(
@@ -3219,6 +3627,7 @@ class Classifier:
         view: str = "half",
         panorama_thresholds: Sequence[float] | None = None,
         activation: str = "sigmoid",
+        flip: bool = False,
     ) -> None:
         _check_choice("view", view, VIEWS)
         _check_choice("activation", activation, ("sigmoid", "softmax"))
@@ -3227,6 +3636,7 @@ class Classifier:
             counts = f"{len(labels)} labels, {len(thresholds)} thresholds ({activation})"
             raise ValueError(f"{counts} and {model.spec['num_labels']} logits do not match.")
         self.labels, self.view, self.activation = list(labels), view, activation
+        self.flip = flip
         self.thresholds = np.asarray(thresholds, float)
         own = self.thresholds if panorama_thresholds is None else panorama_thresholds
         self.panorama_thresholds = np.asarray(own, float)
@@ -3250,7 +3660,7 @@ class Classifier:
         content = {"format_version": FORMAT_VERSION, **self.model.spec, "labels": self.labels}
         content |= {"thresholds": self.thresholds.tolist()}
         content |= {"panorama_thresholds": self.panorama_thresholds.tolist(), "view": self.view}
-        content |= {"activation": self.activation}
+        content |= {"activation": self.activation, "flip": self.flip}
         content |= {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
         content |= {"weights": "best_model.pt", "sha256": digest, "validation": metrics or {}}
         content |= {"versions": {module.__name__: module.__version__ for module in modules}}
@@ -3264,28 +3674,31 @@ class Classifier:
         val_set: DataPartition,
         probs: np.ndarray,
         view: str = "half",
-        mode: str = "per_label",
+        mode: str = "shrunk",
         activation: str = "sigmoid",
+        flip: bool = False,
     ) -> "Classifier":
         """Make a classifier whose thresholds are those with the best F1 on validation.
 
         Args:
             val_set: the validation part.
             probs: (N, L), what `model` says about it.
-            mode: "per_label" or "global", see `find_optimal_thresholds`.
+            mode: "shrunk", "per_label" or "global", see `find_optimal_thresholds`.
             activation: "softmax" for classes that exclude each other: they need no thresholds.
+            flip: `probs` are of the images and their mirror images, see `Trainer.predict`.
         """
         _check_choice("activation", activation, ("sigmoid", "softmax"))
         labels, targets = val_set.label_columns, val_set.targets
         if activation == "softmax":
-            return cls(model, labels, view=view, activation=activation)
-        own = find_optimal_thresholds(probs, targets, labels, mode)["threshold"]
+            return cls(model, labels, view=view, activation=activation, flip=flip)
+        find = functools.partial(find_optimal_thresholds, label_columns=labels, mode=mode)
+        own = find(probs, targets, groups=val_set.groups)["threshold"]
         if view == "panorama":
-            return cls(model, labels, own, view)
+            return cls(model, labels, own, view, flip=flip)
         images = pd.DataFrame({"image_path": [str(path) for path in val_set.paths]})
         whole = to_panorama_level(images.join(pd.DataFrame(targets, columns=labels)), labels, probs)
-        panorama = find_optimal_thresholds(whole[1], whole[0], labels, mode)["threshold"]
-        return cls(model, labels, own, view, panorama.to_numpy())
+        panorama = find(whole[1], whole[0])["threshold"]
+        return cls(model, labels, own, view, panorama.to_numpy(), flip=flip)
 
     @classmethod
     def load(cls, path: str | os.PathLike, labels: Sequence[str] | None = None) -> "Classifier":
@@ -3306,6 +3719,8 @@ class Classifier:
             content = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(content, dict) and content.get("format_version") == 1:
                 content |= {"activation": "sigmoid"}
+            if isinstance(content, dict):
+                content.setdefault("flip", False)  # files that are older than the option
             _check_description(content)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no valid best_classifier.json: {error}") from None
@@ -3317,7 +3732,7 @@ class Classifier:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != content["sha256"]:
             raise ValueError(f"{weights}: not the file that {path.name} was saved with (sha256).")
         kwargs = {key: content[key] for key in ("num_labels", "head", "img_size")}
-        names = ("labels", "thresholds", "view", "panorama_thresholds", "activation")
+        names = ("labels", "thresholds", "view", "panorama_thresholds", "activation", "flip")
         try:
             kwargs |= content["head_kwargs"] | content["model_kwargs"]
             model = build_model(content["model_name"], pretrained=False, **kwargs)
@@ -3334,25 +3749,37 @@ class Classifier:
         return classifier
 
     def predict(
-        self, images: Any, batch_size: int = 32, num_workers: int = 0, unreadable: str = "raise"
+        self,
+        images: Any,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        unreadable: str = "raise",
+        flip: bool | None = None,
     ) -> pd.DataFrame:
         """Classify images as they are.
 
         Args:
             images: a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
             unreadable: "raise", or "skip" to leave files out; `.attrs["unreadable"]` lists them.
+            flip: look at the mirror images, too; False is twice as fast, None as it was saved.
 
         Returns:
             A line an image: image, then a 0/1 decision a label, then LABEL_prob.
         """
-        names, probs, errors = self._predict(images, False, batch_size, num_workers, unreadable)
+        options = batch_size, num_workers, unreadable, flip
+        names, probs, errors = self._predict(images, False, *options)
         table = self._table(probs[:, 0], self.thresholds)
         table.insert(0, "image", names)
         table.attrs["unreadable"] = errors
         return table
 
     def predict_panorama(
-        self, images: Any, batch_size: int = 16, num_workers: int = 0, unreadable: str = "raise"
+        self,
+        images: Any,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        unreadable: str = "raise",
+        flip: bool | None = None,
     ) -> pd.DataFrame:
         """Classify whole 2:1 panoramas; arguments as in `predict`.
 
@@ -3363,7 +3790,8 @@ class Classifier:
             of both halves. A model of panoramas answers once.
         """
         halves = self.view == "half"
-        names, probs, errors = self._predict(images, True, batch_size, num_workers, unreadable)
+        options = batch_size, num_workers, unreadable, flip
+        names, probs, errors = self._predict(images, True, *options)
         whole = self.panorama_thresholds if halves else self.thresholds
         tables = [self._table(probs[:, i], self.thresholds) for i in range(2 if halves else 0)]
         joint = probs.mean(1) if self.activation == "softmax" else probs.max(1)
@@ -3412,9 +3840,16 @@ class Classifier:
         return torch.cat(list(maps), dim=1).cpu().numpy()  # side by side
 
     def _predict(
-        self, images: Any, panorama: bool, batch_size: int, num_workers: int, unreadable: str
+        self,
+        images: Any,
+        panorama: bool,
+        batch_size: int,
+        num_workers: int,
+        unreadable: str,
+        flip: bool | None,
     ) -> tuple[list[str], np.ndarray, list[str]]:
         """Return names, probabilities (N, V, L) and error messages."""
+        flip = self.flip if flip is None else flip
         _check_choice("unreadable", unreadable, ("raise", "skip"))
         halves = panorama and self.view == "half"
         items = _as_items(images)
@@ -3429,7 +3864,7 @@ class Classifier:
                 errors += [message for message in messages if message]
                 if errors and unreadable == "raise":
                     raise OSError(errors[0])
-                logits = self.model(views.flatten(0, 1).to(self.device))
+                logits = _look(self.model, views.flatten(0, 1).to(self.device), flip)
                 found = _to_probs(logits, self.activation == "softmax")
                 probs.append(found.reshape(*views.shape[:2], -1))
         probs = np.concatenate(probs)
@@ -3476,7 +3911,7 @@ def _check_description(content: dict) -> None:
     needed = {"model_name": str, "head": str, "num_labels": int, "labels": list, "thresholds": list}
     needed |= {"weights": str, "sha256": str, "view": str, "model_kwargs": dict, "img_size": list}
     needed |= {"panorama_thresholds": list, "mean": list, "std": list, "interpolation": str}
-    needed |= {"head_kwargs": dict, "activation": str}
+    needed |= {"head_kwargs": dict, "activation": str, "flip": bool}
     for key, kind in needed.items():
         if key not in content:
             raise ValueError(f"{key} is missing.")
