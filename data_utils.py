@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -71,6 +72,7 @@ __all__ = [
     "MaskedLoss",
     "OutOfFold",
     "RandomHorizontalRoll",
+    "RandomSqueezedCrop",
     "TrainConfig",
     "Trainer",
     "TriStateMixup",
@@ -117,6 +119,7 @@ __all__ = [
     "replacing",
     "score_labels",
     "show_images",
+    "start_from_probe",
     "summarize_scores",
     "to_panorama_level",
     "to_targets",
@@ -1280,6 +1283,38 @@ class RandomHorizontalRoll(v2.Transform):
         return torch.roll(inpt, round(params["turn"] * inpt.shape[-1]), dims=-1)
 
 
+class RandomSqueezedCrop(v2.Transform):
+    """Cut out a part of a photo and squeeze it as the whole photo is squeezed at test time.
+
+    `RandomResizedCrop` cuts shapes around a square, so that of a 3:2 photo training never sees
+    what testing shows.
+
+    Args:
+        size: height and width of the result.
+        scale: range of the share of the photo that is kept; the part is at most a third wider or
+            narrower than the photo's own shape.
+    """
+
+    def __init__(
+        self, size: Sequence[int], scale: tuple[float, float], mode: v2.InterpolationMode
+    ) -> None:
+        super().__init__()
+        self.size, self.scale, self.mode = tuple(size), scale, mode
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        area, shape, top, left = torch.rand(4).tolist()
+        area = self.scale[0] + area * (self.scale[1] - self.scale[0])
+        widest = min(np.log(4 / 3), -np.log(area))  # no wider than the photo
+        shape = np.exp((2 * shape - 1) * widest)
+        h, w = round(height * (area / shape) ** 0.5), round(width * (area * shape) ** 0.5)
+        box = round(top * (height - h)), round(left * (width - w)), max(h, 1), max(w, 1)
+        return {"box": box}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return v2.functional.resized_crop(inpt, *params["box"], self.size, self.mode, True)
+
+
 def make_transforms(
     model: nn.Module,
     train: bool,
@@ -1314,11 +1349,7 @@ def make_transforms(
     steps: list[nn.Module] = [v2.ToImage()]
     if train:
         steps += [RandomHorizontalRoll(view)] if view == "panorama" else []
-        # Squeezed first, as at test time: a crop of a 3:2 photo alone would never look like that.
-        large = [int(np.ceil(side / crop_scale[0] ** 0.5)) for side in size]
-        steps += [v2.Resize(large, interpolation=mode, antialias=True)]
-        ratio = tuple(shape * size[1] / size[0] for shape in (3 / 4, 4 / 3))
-        steps += [v2.RandomResizedCrop(size, crop_scale, ratio, interpolation=mode)]
+        steps += [RandomSqueezedCrop(size, crop_scale, mode)]
         steps += [v2.RandomHorizontalFlip()]
         augment = _rand_augment(rand_augment, config) if rand_augment else []
         steps += augment or [v2.ColorJitter(0.2, 0.2, 0.2)]
@@ -1344,6 +1375,8 @@ def _rand_augment(settings: str, config: dict) -> list[Callable]:
 def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
     """Return the height and width that suffice for the first resizing step of `transform`."""
     for step in getattr(transform, "transforms", [transform]):
+        if isinstance(step, RandomSqueezedCrop):
+            return tuple(int(np.ceil(side / step.scale[0] ** 0.5)) for side in step.size)
         if isinstance(step, v2.Resize) and len(step.size) == 2:
             return tuple(step.size)
     return None
@@ -2787,22 +2820,23 @@ class TrainConfig:
 
 
 def build_run(
-    config: TrainConfig, head: str = "linear", **head_kwargs: Any
-) -> tuple[nn.Module, dict[str, "DataPartition"]]:
+    config: TrainConfig, head: str = "linear", names: Sequence[str] = PARTS, **head_kwargs: Any
+) -> tuple[nn.Module, dict[str, DataPartition]]:
     """Return the model and the data sets that a configuration describes.
 
     Args:
         head, head_kwargs: as in `build_model`.
+        names: of the partitions to read, "train" among them.
 
     Returns:
         The model, its head at the base rates of the training part, and the parts: "train" with
-        augmentation, "plain" (the training part without), "val" and "test".
+        augmentation, "plain" (the training part without), and the others.
 
     Raises:
         FileNotFoundError: a partition is missing; it says which notebook makes it.
     """
     folder = Path(config.partition_dir)
-    parts = {name: read_partition(folder / f"{name}_partition.csv")[0] for name in PARTS}
+    parts = {name: read_partition(folder / f"{name}_partition.csv")[0] for name in names}
     labels = [column for column in parts["train"] if column not in NOT_LABELS]
     rates = base_rate_logits(parts["train"][labels].to_numpy(float), config.loss == "ce")
     set_seed(config.seed)
@@ -2820,12 +2854,50 @@ def build_run(
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
     augment = make_transforms(model, True, config.view, **crops)
     plain = make_transforms(model, False, config.view)
-    wanted = {"train": ("train", augment), "plain": ("train", plain)}
-    wanted |= {"val": ("val", plain), "test": ("test", plain)}
+    tables = parts | {"plain": parts["train"]}
     return model, {
-        name: DataPartition(parts[part], labels, transform, config.cache_dir)
-        for name, (part, transform) in wanted.items()
+        name: DataPartition(table, labels, augment if name == "train" else plain, config.cache_dir)
+        for name, table in tables.items()
     }
+
+
+HEAD_RATES = {"csra": 1e-2, "mldecoder": 1e-3}
+
+
+def start_from_probe(
+    model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig, most: int = 4000
+) -> float:
+    """Let the head of a model learn its labels on the frozen backbone, before fine-tuning.
+
+    A linear head becomes a probe (`fit_probe`). CSRA and ML-Decoder are trained for 20 epochs on
+    feature maps, the best epoch chosen on validation.
+
+    Args:
+        parts: "plain" and "val" of `build_run`.
+        config: loss, batch size, seed and cache are taken from it.
+        most: photos whose maps a head learns from, drawn at random; they lie in memory.
+
+    Returns:
+        The validation mAP of the head.
+    """
+    options = {"batch_size": config.batch_size, "num_workers": config.num_workers}
+    options |= {"pooled": model.spec["head"] == "linear", "cache_dir": config.cache_dir}
+    train, val = copy.copy(parts["plain"]), parts["val"]
+    if not options["pooled"]:
+        rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:most])
+        train.paths, train.targets = [train.paths[i] for i in rows], train.targets[rows]
+    x, x_val = (extract_features(model, part, **options) for part in (train, val))
+    if options["pooled"]:
+        probe, _ = fit_probe(x, train.targets, train.groups, exclusive=config.loss == "ce")
+        use_probe(model, probe)
+        with torch.inference_mode():
+            return mean_average_precision(val.targets, probe(x_val).numpy())
+    sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
+    own = {key: getattr(config, key) for key in ("loss", "loss_kwargs", "class_weights", "seed")}
+    rate = HEAD_RATES[model.spec["head"]]
+    short = TrainConfig(20, config.batch_size, rate, warmup_epochs=1, **own)
+    with tempfile.TemporaryDirectory() as folder:
+        return Trainer(model.get_classifier(), *sets, short, folder).fit()["val_mAP"].max()
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:

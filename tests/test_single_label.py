@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -391,16 +392,40 @@ def test_crops_keep_the_shape_of_the_view(view, size):
         data_config = {**FakeModel.data_config, "input_size": (3, *size)}
 
     steps = du.make_transforms(Model, True, view, crop_scale=(0.9, 1.0)).transforms
-    crop = next(step for step in steps if type(step).__name__ == "RandomResizedCrop")
-    photo = torch.zeros(3, 200, 200 * size[1] // size[0])
+    crop = next(step for step in steps if type(step).__name__ == "RandomSqueezedCrop")
     torch.manual_seed(0)
-    drawn = [crop.make_params([photo]) for _ in range(200)]
-    shares = [d["width"] * d["height"] / photo[0].numel() for d in drawn]
-    shapes = [d["width"] / d["height"] / (size[1] / size[0]) for d in drawn]
-    assert min(shares) > 0.74  # what does not fit falls back to the longest side
-    assert np.mean(np.array(shares) > 0.89) > 0.2
-    assert 3 / 4 - 0.02 < min(shapes) < max(shapes) < 4 / 3 + 0.02
-    assert np.mean(shapes) == pytest.approx(1, abs=0.12)
+    for photo in (torch.zeros(3, 200, 200 * size[1] // size[0]), torch.zeros(3, 200, 300)):
+        drawn = [crop.make_params([photo])["box"] for _ in range(200)]
+        whole = photo.shape[2] / photo.shape[1]
+        shares = [h * w / photo[0].numel() for _, _, h, w in drawn]
+        shapes = [w / h / whole for _, _, h, w in drawn]
+        assert 0.89 < min(shares) < 0.92 < 0.98 < max(shares) <= 1
+        assert 0.9 - 0.01 < min(shapes) < 0.95 < 1.05 < max(shapes) < 1 / 0.9 + 0.01
+        assert np.mean(shapes) == pytest.approx(1, abs=0.02)
+        assert all(top >= 0 and top + h <= 200 for top, _, h, _ in drawn)
+        assert all(left >= 0 and left + w <= photo.shape[2] for _, left, _, w in drawn)
+        assert crop(photo).shape == (3, *size)
+
+
+def test_small_crops_differ_from_the_photo_in_shape_by_a_third_at_most():
+    crop = du.RandomSqueezedCrop(
+        (8, 8), (0.1, 0.3), torchvision.transforms.InterpolationMode.BICUBIC
+    )
+    torch.manual_seed(0)
+    shapes = [
+        np.divide(*crop.make_params([torch.zeros(3, 400, 600)])["box"][:1:-1]) for _ in range(300)
+    ]
+    assert 3 / 4 - 0.02 < min(shapes) / 1.5 < 0.78
+    assert 1.28 < max(shapes) / 1.5 < 4 / 3 + 0.02
+
+
+def test_crop_shows_the_part_that_its_box_names():
+    photo = torch.arange(12.0).view(1, 3, 4).expand(3, -1, -1)
+    crop = du.RandomSqueezedCrop(
+        (2, 2), (0.5, 1.0), torchvision.transforms.InterpolationMode.NEAREST
+    )
+    shown = crop.transform(photo, {"box": (1, 2, 2, 2)})
+    assert shown[0].tolist() == [[6, 7], [10, 11]]
 
 
 @pytest.mark.parametrize("wrong", ["9", "rand-x3", "augmix", "rand-mfoo"])

@@ -138,8 +138,11 @@ def test_whole_bounds_of_a_rate_still_give_rates_between_them(nb):
 
 
 def test_search_spaces_that_hold_the_default_are_taken(nb):
-    for name, space in nb.SEARCH_SPACE.items():
-        nb.check_space(name, space, vars(nb)[name])
+    for pretrained in (False, True):
+        recipe = du.TrainConfig.recipe(pretrained, 300)
+        for name, space in nb.SEARCH_SPACE.items():
+            value = nb.HEAD if name == "HEAD" else getattr(recipe, name.lower())
+            nb.check_space(name, space, value)
 
 
 def test_processes_share_a_study(nb, tmp_path):
@@ -344,9 +347,12 @@ def real_nb(nb, monkeypatch, tmp_path):
         target = [i % 2, i // 2 % 2]
         pixels = rng.integers(0, 60, (32, 32, 3)) + 150 * np.array([*target, 0])
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i}.png")
-        rows.append([str(tmp_path / f"{i}.png"), *target])
-    table = pd.DataFrame(rows, columns=["image_path", *LABELS])
+        rows.append([str(tmp_path / f"{i}.png"), str(i), *target])
+    table = pd.DataFrame(rows, columns=["image_path", "group_id", *LABELS])
+    for name in ("train", "val"):
+        du.write_partition(table, tmp_path / f"{name}_partition.csv")
     values = {"parts": {"train": table, "val": table}, "label_columns": LABELS, "VIEW": "half"}
+    values |= {"PARTITION_DIR": str(tmp_path), "OPTIONS": {"grad_accum_steps": 2}}
     values |= {"MODEL_NAME": "swinv2_tiny_window8_256", "MODEL_KWARGS": SWIN, "IMG_WIDTH": 32}
     values |= {"HEAD_KWARGS": {"csra": {"lam": 0.3}}, "PRETRAINED": False, "CACHE_DIR": None}
     values |= {"TRIAL_EPOCHS": 2, "default": DEFAULT, "SEARCH_SPACE": SPACE}
@@ -368,6 +374,8 @@ def test_every_searched_value_reaches_the_training(real_nb, tmp_path):
     config = run.config
     assert (config.learning_rate, config.batch_size, config.loss) == (0.01, 3, "asl")
     assert (config.seed, config.epochs, config.patience) == (7, 2, 2)
+    assert config.grad_accum_steps == 2  # of OPTIONS
+    assert config.start == "small"  # of the recipe for random weights
     steps = [type(step).__name__ for step in run.loader.dataset.transform.transforms]
     assert "RandAugment" in steps
     assert "RandAugment" not in [type(s).__name__ for s in run.val_set.transform.transforms]
@@ -399,9 +407,9 @@ def test_found_values_come_back_by_their_names(tmp_path):
 
 @pytest.mark.parametrize("notebook", ["training", "csra", "mldecoder"])
 def test_notebooks_know_every_name_that_the_search_hands_over(notebook_functions, notebook):
-    known = vars(notebook_functions(notebook))
-    assert DEFAULT.keys() - {"HEAD"} == du.TUNABLE.keys() <= known.keys()
-    assert "TUNED" in known
+    assert DEFAULT.keys() - {"HEAD"} == du.TUNABLE.keys()
+    assert {name.lower() for name in du.TUNABLE} <= vars(du.TrainConfig()).keys()
+    assert "TUNED" in vars(notebook_functions(notebook))
 
 
 @pytest.mark.parametrize(
