@@ -2444,8 +2444,10 @@ def fit_probe(
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     x, losses = (features - mean) / std, []
     n_folds = min(n_folds, len(set(groups)))
-    folds = GroupKFold(n_folds, shuffle=True, random_state=seed).split(x, groups=groups)
-    folds = list(folds) if n_folds > 1 else []
+    folds = []  # of a single group: the strongest penalty
+    if n_folds > 1:
+        splitter = GroupKFold(n_folds, shuffle=True, random_state=seed)
+        folds = list(splitter.split(x, groups=groups))
     for strength in PROBE_STRENGTHS:
         total = 0.0
         for train, held_out in folds:
@@ -2893,7 +2895,8 @@ def start_from_probe(
         with torch.inference_mode():
             return mean_average_precision(val.targets, probe(x_val).numpy())
     sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
-    own = {key: getattr(config, key) for key in ("loss", "loss_kwargs", "class_weights", "seed")}
+    taken = ("loss", "loss_kwargs", "class_weights", "seed", "precision")
+    own = {key: getattr(config, key) for key in taken}
     rate = HEAD_RATES[model.spec["head"]]
     short = TrainConfig(20, config.batch_size, rate, warmup_epochs=1, **own)
     with tempfile.TemporaryDirectory() as folder:

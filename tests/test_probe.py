@@ -1,0 +1,498 @@
+"""The first step: a head that starts small, the probe, and what fine-tuning makes of it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.nn import functional as F
+
+import data_utils as du
+
+NAN = float("nan")
+TINY_SWIN = {"window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}
+
+# ---------------------------------------------------------------- the head's start
+
+FAMILIES = {
+    "tf_efficientnet_lite0": {},  # timm would start these four with weights 16 times as large
+    "mobilenetv2_100": {},
+    "mnasnet_small": {},
+    "tf_efficientnetv2_b0": {},
+    "resnet18": {},
+    "convnext_atto": {},
+    "densenet121": {},
+    "swinv2_tiny_window8_256": TINY_SWIN,
+    "vit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},  # two classifiers
+}
+
+
+@pytest.mark.parametrize("num_labels", [1, 5, 1000])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_first_loss_is_the_entropy_of_the_base_rates(name, num_labels):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(num_labels)
+    targets = (rng.random((400, num_labels)) < rng.uniform(0.02, 0.7, num_labels)).astype(float)
+    bias = du.base_rate_logits(targets)
+    size = 64 if name != "deit_tiny_distilled_patch16_224" else 224
+    options = {"img_size": size, "head_bias": bias} | FAMILIES[name]
+    model = du.build_model(name, num_labels, pretrained=False, **options).train()
+    logits = model(torch.randn(4, 3, size, size))
+    logits = torch.cat(logits) if isinstance(logits, tuple) else logits
+    rates = torch.tensor(targets.mean(0).clip(1 / 800, 1 - 1 / 800), dtype=torch.float32)
+    entropy = F.binary_cross_entropy(rates, rates)
+    loss = F.binary_cross_entropy_with_logits(logits, rates.expand(len(logits), -1))
+    assert entropy - 1e-4 <= loss <= entropy + 0.05
+
+
+@pytest.mark.parametrize("num_labels", [1, 5, 1000])
+def test_ml_decoder_starts_small_too(num_labels):
+    torch.manual_seed(0)
+    bias = np.full(num_labels, -2.0)
+    options = {"decoder_embedding": 64, "dim_feedforward": 64, "img_size": 64, "head_bias": bias}
+    model = du.build_model("test_resnet", num_labels, "mldecoder", False, **options)
+    logits = model(torch.randn(4, 3, 64, 64))
+    rate = torch.full_like(logits, 1 / (1 + np.exp(2)))
+    loss = F.binary_cross_entropy_with_logits(logits, rate)
+    assert loss <= F.binary_cross_entropy(rate, rate) + 0.05
+
+
+def test_base_rates_count_known_cells_and_are_clipped():
+    targets = np.array([[1, 1, NAN, 0.5], [0, 1, NAN, 0], [0, 1, NAN, NAN], [0, NAN, NAN, NAN]])
+    odds = np.exp(du.base_rate_logits(targets))
+    # 1 of 4; 3 of 3, clipped to 2.5 of 3; nothing known; a quarter of two soft ones
+    assert odds.tolist() == pytest.approx([1 / 3, 5, 1, 1 / 3])
+
+
+def test_base_rates_of_exclusive_classes_are_those_of_a_softmax():
+    targets = np.eye(3)[[0, 0, 0, 1]]
+    rates = F.softmax(torch.tensor(du.base_rate_logits(targets, exclusive=True)), 0)
+    assert rates.tolist() == pytest.approx(np.array([6, 2, 1]) / 9)  # the last clipped to half one
+
+
+@pytest.mark.parametrize("head", ["linear", "csra", "mldecoder"])
+def test_head_starts_from_the_bias_that_is_given(head):
+    options = {"decoder_embedding": 16, "dim_feedforward": 16} if head == "mldecoder" else {}
+    model = du.build_model("test_resnet", 2, head, False, 64, [3.0, -3.0], **options)
+    found = model.get_classifier()
+    found = found.decoder.duplicate_pooling_bias if head == "mldecoder" else found.bias
+    assert found.tolist() == [3, -3]
+
+
+def test_published_csra_weights_come_without_a_bias():
+    head = du.CSRA(4, 2)
+    nn.init.ones_(head.bias)
+    head.load_state_dict({"multi_head.0.head.weight": torch.ones(2, 4, 1, 1)})
+    assert head.bias.tolist() == [0, 0]
+    assert torch.equal(head.weight, torch.ones(1, 2, 4))
+
+
+# ---------------------------------------------------------------- the probe
+
+
+def draw(n=120, width=6, labels=3, seed=0, unknown=0.2):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(2, 3, (n, width))
+    logits = (x - 2) @ rng.normal(0, 1, (width, labels)) / 3 - 0.5
+    targets = (rng.random((n, labels)) < 1 / (1 + np.exp(-logits))).astype(float)
+    targets[rng.random(targets.shape) < unknown] = NAN
+    return torch.tensor(x, dtype=torch.float32), targets
+
+
+def test_probe_is_sklearns_logistic_regression_on_the_known_cells():
+    x, targets = draw()
+    probe, losses = du.fit_probe(x, targets)
+    scaled = ((x - x.mean(0)) / x.std(0)).numpy()
+    for label in range(3):
+        known = ~np.isnan(targets[:, label])
+        model = LogisticRegression(C=losses.idxmin(), tol=1e-8, max_iter=1000)
+        model.fit(scaled[known], targets[known, label])
+        expected = model.decision_function(scaled)
+        assert probe(x)[:, label].tolist() == pytest.approx(expected.tolist(), abs=5e-3)
+
+
+def test_probe_of_exclusive_classes_is_the_multinomial_regression():
+    x, _ = draw(labels=1)
+    classes = np.random.default_rng(1).integers(0, 3, len(x))
+    x[:, 0] += torch.tensor(classes)
+    probe, losses = du.fit_probe(x, np.eye(3)[classes], exclusive=True)
+    scaled = ((x - x.mean(0)) / x.std(0)).numpy()
+    model = LogisticRegression(C=losses.idxmin(), tol=1e-8, max_iter=1000).fit(scaled, classes)
+    expected = model.predict_proba(scaled)
+    assert np.allclose(probe(x).softmax(1).detach(), expected, atol=2e-3)
+
+
+def test_strength_is_chosen_on_groups_left_out():
+    """Copies of a photo in one group: with rows left out, the weakest penalty would seem best."""
+    rng = np.random.default_rng(0)
+    photos = torch.tensor(rng.normal(size=(12, 40)), dtype=torch.float32)
+    targets = rng.integers(0, 2, (12, 1)).astype(float)  # nothing to learn
+    x = photos.repeat_interleave(10, 0) + 0.01 * torch.randn(120, 40)
+    y, groups = targets.repeat(10, 0), np.arange(12).repeat(10)
+    _, by_group = du.fit_probe(x, y, groups)
+    _, by_row = du.fit_probe(x, y)
+    assert by_group.idxmin() < by_row.idxmin() / 100
+
+
+def test_probe_of_a_label_that_is_never_present_stays_low():
+    x, targets = draw()
+    targets[:, 1] = 0
+    probe, _ = du.fit_probe(x, targets)
+    assert probe(x)[:, 1].sigmoid().max() < 0.1
+    assert torch.isfinite(probe.weight).all()
+
+
+def test_one_group_gets_a_probe_without_a_choice():
+    x, targets = draw(20)
+    probe, losses = du.fit_probe(x, targets, ["one"] * 20)
+    assert torch.isfinite(probe(x)).all()
+    assert len(losses) >= 1
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "deit_tiny_distilled_patch16_224"])
+def test_model_with_the_probe_in_it_answers_as_the_probe(name):
+    torch.manual_seed(0)
+    size = 224 if "deit" in name else 64
+    model = du.build_model(name, 3, pretrained=False, img_size=size).eval()
+    images = torch.randn(2, 3, size, size)
+    probe = nn.Linear(model.num_features, 3)
+    du.use_probe(model, probe)
+    with torch.inference_mode():
+        features = model.forward_features(images)
+        pooled = model.forward_head(features, pre_logits=True)
+        expected = probe(pooled)
+        torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- photos on disk
+
+
+@pytest.fixture
+def survey(tmp_path):
+    """Partitions of 24, 12 and 12 small photos; "red" and "green" tell how they are tinted."""
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 24), ("val", 12), ("test", 12)):
+        rows = []
+        for i in range(n):
+            target = [i % 2, i // 2 % 2]
+            pixels = rng.integers(0, 120, (48, 48, 3)) + 100 * np.array([*target, 0])
+            path = tmp_path / f"{name}_{i}.png"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+            rows.append([str(path), f"{name}{i}", *target])
+        table = pd.DataFrame(rows, columns=["image_path", "group_id", "red", "green"])
+        du.write_partition(table, tmp_path / f"{name}_partition.csv")
+    return tmp_path
+
+
+def settings(folder, **changes):
+    own = {"partition_dir": str(folder), "model_name": "test_resnet", "img_width": 64}
+    own |= {"epochs": 2, "batch_size": 8, "warmup_epochs": 0, "precision": "no"}
+    return du.TrainConfig(**(own | changes))
+
+
+def test_features_come_from_disk_the_second_time(survey, tmp_path, monkeypatch):
+    model, sets = du.build_run(settings(survey))
+    found = du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    forward = model.forward_features
+    monkeypatch.setattr(model, "forward_features", lambda images: 1 / 0)
+    again = du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
+    assert torch.equal(found, again)
+    with torch.no_grad():
+        model.get_classifier().weight.add_(1)  # the head is not what they depend on
+        assert torch.equal(
+            found,
+            du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache"),
+        )
+        monkeypatch.setattr(model, "forward_features", forward)
+        next(model.parameters()).mul_(1.1)  # other weights of the backbone: other features
+    other = du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
+    assert not torch.equal(found, other)
+    path = sets["val"].paths[0]
+    Image.new("RGB", (48, 48)).save(path)  # another photo under the same name
+    changed = du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
+    assert not torch.equal(changed[0], other[0])
+    assert torch.equal(changed[1:], other[1:])
+
+
+@pytest.mark.parametrize("head", ["linear", "csra", "mldecoder"])
+def test_head_learns_on_the_frozen_backbone(survey, head):
+    options = {"decoder_embedding": 16, "dim_feedforward": 16} if head == "mldecoder" else {}
+    model, sets = du.build_run(settings(survey), head, **options)
+    layers = {id(p) for p in model.get_classifier().parameters()}
+    before = {n: p.clone() for n, p in model.named_parameters() if id(p) not in layers}
+    reached = du.start_from_probe(model, sets, settings(survey))
+    for name, weight in before.items():
+        assert torch.equal(model.get_parameter(name), weight), name
+    with torch.inference_mode():
+        logits = model.eval()(torch.stack([sets["val"][i][0] for i in range(12)]))
+    found = du.mean_average_precision(sets["val"].targets, logits.numpy())
+    assert found == pytest.approx(reached, abs=1e-6)
+    assert found > 0.9  # colours are plain to see, for random features as well
+
+
+def test_probe_takes_part_as_epoch_0_and_stays_where_training_ruins_it(survey, tmp_path):
+    config = settings(survey, start="probe", learning_rate=1.0, clip_grad=None)
+    model, sets = du.build_run(config)
+    reached = du.start_from_probe(model, sets, config)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    history = du.Trainer(model, sets["train"], sets["val"], config, tmp_path / "run").fit()
+    assert history["epoch"].tolist() == [0, 1, 2]
+    assert history["val_mAP"][0] == pytest.approx(reached, abs=1e-6)
+    assert history["val_mAP"][1:].max() < reached
+    for name, value in weights.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_training_from_a_probe_is_resumed_to_the_bit(survey, tmp_path):
+    config = settings(survey, start="probe", epochs=3)
+
+    def trainer(folder):
+        model, sets = du.build_run(config)
+        du.start_from_probe(model, sets, config)
+        return du.Trainer(model, sets["train"], sets["val"], config, tmp_path / folder)
+
+    def stop(row):
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    expected = trainer("whole").fit()
+    trainer("parts").fit(stop)
+    found = trainer("parts").resume()
+    clock = ["seconds", "images_per_second"]
+    pd.testing.assert_frame_equal(found.drop(columns=clock), expected.drop(columns=clock))
+
+
+def test_better_of_moving_average_and_current_weights_is_kept(survey, tmp_path):
+    config = settings(survey, ema_decay=0.9999, learning_rate=3e-3, epochs=3)
+    model, sets = du.build_run(config)
+    trainer = du.Trainer(model, sets["train"], sets["val"], config, tmp_path)
+    history = trainer.fit()
+    assert set(history["weights"]) <= {"ema", "current"}
+    kept = du.mean_average_precision(sets["val"].targets, trainer.predict(sets["val"]))
+    assert kept == pytest.approx(history["val_mAP"].max(), abs=1e-6)
+
+
+def test_frozen_batch_norm_keeps_the_pretrained_statistics(survey, tmp_path):
+    for batch_norm in ("frozen", "trained"):
+        config = settings(survey, batch_norm=batch_norm, epochs=1)
+        model, sets = du.build_run(config)
+        before = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
+        weights = {n: p.clone() for n, p in model.named_parameters() if "bn" in n}
+        trainer = du.Trainer(model, sets["train"], sets["val"], config, tmp_path / batch_norm)
+        trainer.fit()
+        same = [torch.equal(b, before[n]) for n, b in model.named_buffers() if n in before]
+        assert len(same) > 4
+        assert all(same) == (batch_norm == "frozen")
+        assert not all(
+            torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights
+        )
+
+
+def test_measuring_the_time_leaves_no_trace(survey, tmp_path):
+    def run(folder, measure):
+        config = settings(survey, mixup_alpha=0.2)
+        model, sets = du.build_run(config)
+        trainer = du.Trainer(model, sets["train"], sets["val"], config, tmp_path / folder)
+        seconds = trainer.seconds_per_epoch() if measure else 1.0
+        assert seconds > 0
+        return trainer.fit().drop(columns=["seconds", "images_per_second"])
+
+    pd.testing.assert_frame_equal(run("a", True), run("b", False))
+
+
+def test_gradient_checkpointing_is_one_field(survey, tmp_path):
+    options = {"model_name": "swinv2_tiny_window8_256", "model_kwargs": TINY_SWIN}
+    histories = []
+    for checkpointing in (False, True):
+        config = settings(survey, grad_checkpointing=checkpointing, epochs=1, **options)
+        model, sets = du.build_run(config)
+        trainer = du.Trainer(model, sets["train"], sets["val"], config, tmp_path / "run")
+        assert (
+            any(getattr(m, "grad_checkpointing", False) for m in model.modules()) is checkpointing
+        )
+        histories.append(trainer.fit()["train_loss"][0])
+    assert histories[0] == pytest.approx(histories[1], abs=1e-6)
+
+
+# ---------------------------------------------------------------- flip at test time
+
+
+def test_flip_averages_the_logits_of_both_sides(survey, tmp_path):
+    config = settings(survey, epochs=1)
+    model, sets = du.build_run(config)
+    trainer = du.Trainer(model, sets["train"], sets["val"], config, tmp_path)
+    images = torch.stack([sets["val"][i][0] for i in range(12)])
+    with torch.inference_mode():
+        model.eval()
+        expected = ((model(images) + model(images.flip(3))) / 2).sigmoid()
+        plain = model(images).sigmoid()
+    assert np.allclose(trainer.predict(sets["val"], flip=True), expected, atol=1e-6)
+    assert np.allclose(trainer.predict(sets["val"]), plain, atol=1e-6)
+
+
+def test_classifier_flips_as_it_was_saved_unless_told_otherwise(survey, tmp_path):
+    model, sets = du.build_run(settings(survey))
+    plain, flipped = (
+        du.Classifier(model, ["red", "green"], [0.5, 0.5], flip=flip) for flip in (False, True)
+    )
+    path = flipped.save(tmp_path / "run")
+    loaded = du.Classifier.load(path)
+    assert loaded.flip is True
+    photos = sets["test"].paths[:3]
+    expected = flipped.predict(photos)
+    assert not expected.equals(plain.predict(photos))
+    assert loaded.predict(photos).equals(expected)
+    assert loaded.predict(photos, flip=False).equals(plain.predict(photos))
+    mirrored = np.asarray(Image.open(photos[0]))[:, ::-1]
+    names = ["red_prob", "green_prob"]
+    found = flipped.predict(np.ascontiguousarray(mirrored))[names].to_numpy()
+    assert np.allclose(found, expected[names].to_numpy()[0], atol=1e-5)  # sees both sides anyway
+
+
+def test_file_without_the_option_does_not_flip(survey, tmp_path):
+    model, _ = du.build_run(settings(survey))
+    path = du.Classifier(model, ["red", "green"], [0.5, 0.5], flip=True).save(tmp_path)
+    content = json.loads(path.read_text())
+    del content["flip"]
+    path.write_text(json.dumps(content))
+    assert du.Classifier.load(path).flip is False
+
+
+# ---------------------------------------------------------------- thresholds that travel
+
+
+def test_shrunk_threshold_is_drawn_to_the_common_one_by_the_number_of_positives():
+    """Every bootstrap sample finds the same cuts, so the weights n / (n + 10) can be read off."""
+    n = 400
+    targets = np.zeros((n, 2))
+    targets[:200, 0] = targets[:30, 1] = 1
+    probs = np.where(targets == 1, [0.8, 0.4], [0.6, 0.2])
+    found = du.find_optimal_thresholds(probs, targets, ["often", "seldom"], "shrunk")
+    assert found["source"].tolist() == ["shrunk", "shrunk"]
+
+    def logit(p):
+        return np.log(p / (1 - p))
+
+    # the cut that is best for both together: 0.8 | 0.6 (TP 200 of 230) against 0.4 | 0.2
+    common = logit(0.7)
+    for label, own, n_positives in (("often", 0.7, 200), ("seldom", 0.3, 30)):
+        weight = n_positives / (n_positives + 10)
+        expected = weight * logit(own) + (1 - weight) * common
+        assert logit(found.loc[label, "threshold"]) == pytest.approx(expected, abs=1e-6)
+    assert found["score"].tolist() == [1, 1]
+
+
+def test_shrunk_threshold_of_too_few_positives_is_the_common_one():
+    rng = np.random.default_rng(0)
+    targets = (rng.random((200, 3)) < [0.5, 0.3, 0.02]).astype(float)
+    probs = (0.4 * targets + 0.6 * rng.random((200, 3))).clip(0.01, 0.99)
+    found = du.find_optimal_thresholds(probs, targets, list("abc"), "shrunk", min_positives=10)
+    assert found.loc["c", "source"] == "global: fewer than 10 positives"
+    assert np.isnan(found.loc["c", "score"])
+    low, high = found["threshold"][:2].min(), found["threshold"][:2].max()
+    assert low - 0.05 <= found.loc["c", "threshold"] <= high + 0.05
+
+
+def test_shrunk_thresholds_vary_less_than_exact_ones():
+    spread = {}
+    for mode in ("per_label", "shrunk"):
+        cuts = []
+        for seed in range(12):
+            rng = np.random.default_rng(seed)
+            targets = (rng.random((80, 4)) < 0.2).astype(float)
+            probs = 1 / (1 + np.exp(-(2 * targets - 1 + rng.normal(0, 1, (80, 4)))))
+            cuts.append(du.find_optimal_thresholds(probs, targets, list("abcd"), mode)["threshold"])
+        spread[mode] = np.std(cuts, axis=0).mean()
+    assert spread["shrunk"] < 0.6 * spread["per_label"]
+
+
+def test_shrunk_thresholds_draw_whole_groups_and_follow_the_seed():
+    rng = np.random.default_rng(0)
+    targets = (rng.random((90, 2)) < 0.4).astype(float)
+    probs = (0.3 * targets + 0.7 * rng.random((90, 2))).clip(0.01, 0.99)
+
+    def cuts(**options):
+        found = du.find_optimal_thresholds(probs, targets, ["a", "b"], "shrunk", **options)
+        return found["threshold"].tolist()
+
+    assert cuts() == cuts(groups=np.arange(90))
+    assert cuts() != cuts(groups=np.arange(90) // 9)
+    assert cuts() != cuts(seed=1)
+    whole = cuts(groups=np.zeros(90))  # one group: every sample is the data themselves
+    exact = du.find_optimal_thresholds(probs, targets, ["a", "b"])["threshold"]
+    common = du.find_optimal_thresholds(probs, targets, ["a", "b"], "global")["threshold"]
+    n = targets.sum(0)
+    logit = [np.log(t / (1 - t)) for t in (exact.to_numpy(), common.to_numpy(), np.array(whole))]
+    assert logit[2].tolist() == pytest.approx((logit[0] * n + logit[1] * 10) / (n + 10))
+
+
+def test_shrunk_thresholds_go_with_no_precision():
+    with pytest.raises(ValueError, match="min_precision goes with mode='per_label' or 'global'"):
+        du.find_optimal_thresholds(
+            np.ones((2, 1)), np.ones((2, 1)), ["a"], "shrunk", min_precision=0.9
+        )
+
+
+# ---------------------------------------------------------------- one place for the settings
+
+
+def test_recipe_depends_on_pretrained_weights():
+    own, scratch = du.TrainConfig.recipe(True, 1000), du.TrainConfig.recipe(False, 1000)
+    assert (own.start, own.batch_norm, own.pretrained) == ("probe", "frozen", True)
+    assert (scratch.start, scratch.batch_norm, scratch.pretrained) == ("small", "trained", False)
+    assert du.TrainConfig.recipe("weights.pth", 1000).start == "probe"
+
+
+def test_few_photos_are_seen_more_often():
+    epochs = [du.TrainConfig.recipe(True, n).epochs for n in (50, 500, 5_000, 500_000)]
+    assert epochs == sorted(epochs, reverse=True)
+    assert epochs[0] > epochs[1] > epochs[2] >= epochs[3] >= 2
+    assert epochs[0] <= 40
+
+
+def test_changes_win_over_the_recipe_and_none_leaves_it():
+    config = du.TrainConfig.recipe(True, 100, epochs=7, learning_rate=None, mixup_alpha=0.3)
+    assert (config.epochs, config.mixup_alpha) == (7, 0.3)
+    assert config.learning_rate == du.TrainConfig.recipe(True, 100).learning_rate
+    with pytest.raises(ValueError, match="no option lerning_rate; expected some of epochs, batch"):
+        du.TrainConfig.recipe(True, 100, lerning_rate=1)
+
+
+def test_config_comes_back_from_its_file(survey, tmp_path):
+    swin = {"model_name": "swinv2_tiny_window8_256", "model_kwargs": TINY_SWIN}
+    config = settings(survey, **swin, epochs=1)
+    model, sets = du.build_run(config)
+    du.Trainer(model, sets["train"], sets["val"], config, tmp_path / "run").fit()
+    found = du.TrainConfig.read(tmp_path / "run" / "config.json")
+    assert found == config
+    again, _ = du.build_run(found)
+    assert again.spec == du.build_run(config)[0].spec
+    changed = du.TrainConfig.read(tmp_path / "run" / "config.json", epochs=5)
+    assert changed.epochs == 5
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"epochs": 0}', '{"colour": "red"}'])
+def test_file_that_is_no_config_is_refused_in_a_sentence(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: no config\.json of a training"):
+        du.TrainConfig.read(path)
+    with pytest.raises(FileNotFoundError, match=r"gone: no such file; run training\.ipynb"):
+        du.TrainConfig.read(tmp_path / "gone")
+
+
+def test_run_reads_only_the_parts_that_it_is_asked_for(survey):
+    (survey / "test_partition.csv").unlink()
+    _, sets = du.build_run(settings(survey), names=("train", "val"))
+    assert sorted(sets) == ["plain", "train", "val"]
+    with pytest.raises(FileNotFoundError, match=r"test_partition\.csv.*partitioning\.ipynb"):
+        du.build_run(settings(survey))
+    names = [type(step).__name__ for step in sets["plain"].transform.transforms]
+    assert "RandomSqueezedCrop" not in names
+    assert "RandomSqueezedCrop" in [type(s).__name__ for s in sets["train"].transform.transforms]
