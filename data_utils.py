@@ -2681,6 +2681,7 @@ PRETRAINED_RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,
     "weight_decay": 0.05,
     "layer_decay": 0.8,
+    "frozen_below": 0.2,
     "warmup_epochs": 1,
     "ema_decay": 0.98,
     "batch_norm": "frozen",
@@ -2725,6 +2726,7 @@ class TrainConfig:
     label_smoothing: float = 0.0  # "ce" only
     class_weights: str | None = None
     schedule: str = "cosine"  # of the learning rate, one of SCHEDULES
+    frozen_below: float = 0.0  # layers with less than this share of the rate are not trained at all
     start: str = "small"  # or "probe": the head is a probe already, which epoch 0 validates
     batch_norm: str = "trained"  # or "frozen": statistics as they were pretrained
     grad_checkpointing: bool = False  # half the memory for a third more time
@@ -2770,6 +2772,9 @@ class TrainConfig:
             problem = f"loss={self.loss!r}, loss_kwargs={self.loss_kwargs}"
             raise ValueError(f"{problem}: expected a name and a dict without label_smoothing.")
         _check_choice("schedule", self.schedule, SCHEDULES)
+        if self.frozen_below and not (self.layer_decay and 0 <= self.frozen_below < 1):
+            problem = f"frozen_below={self.frozen_below!r}, layer_decay={self.layer_decay!r}"
+            raise ValueError(f"{problem}: expected 0, or a share below 1 and a layer_decay.")
         _check_choice("start", self.start, ("small", "probe"))
         _check_choice("view", self.view, VIEWS)
         self.model_kwargs = json.loads(json.dumps(self.model_kwargs))  # tuples as in config.json
@@ -2938,7 +2943,8 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     if config.layer_decay is None:
         groups = param_groups_weight_decay(backbone, decay, **exempt)
     else:
-        groups = param_groups_layer_decay(backbone, decay, layer_decay=config.layer_decay, **exempt)
+        layers = {"layer_decay": config.layer_decay, "no_opt_scale": config.frozen_below or None}
+        groups = param_groups_layer_decay(backbone, decay, **layers, **exempt)
     in_head = {id(parameter) for parameter in head.parameters()}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in in_head]

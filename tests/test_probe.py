@@ -295,6 +295,21 @@ def test_frozen_batch_norm_keeps_the_pretrained_statistics(survey, tmp_path):
         )
 
 
+def test_layers_far_from_the_head_are_not_trained(survey, tmp_path):
+    config = settings(survey, layer_decay=0.5, frozen_below=0.2, epochs=1, batch_norm="frozen")
+    model, sets = du.build_run(config)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    du.Trainer(model, sets["train"], sets["val"], config, tmp_path).fit()
+    changed = {
+        n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])
+    }
+    # shares of the rate: head 1, layer4 1/2 (its last block), ..., stem far below 0.2
+    assert "fc" in changed and "layer4" in changed
+    assert not changed & {"conv1", "bn1", "layer1"}
+    with pytest.raises(ValueError, match=r"frozen_below=0\.2, layer_decay=None: expected 0, or a"):
+        du.TrainConfig(frozen_below=0.2)
+
+
 def test_measuring_the_time_leaves_no_trace(survey, tmp_path):
     def run(folder, measure):
         config = settings(survey, mixup_alpha=0.2)
