@@ -2675,16 +2675,17 @@ def _remove_resume_point(folder: Path) -> None:
 
 # What `TrainConfig.recipe` starts from: at least `steps` steps and `min_epochs` epochs.
 PRETRAINED_RECIPE: dict[str, Any] = {
-    "steps": 150,
-    "min_epochs": 3,
+    "steps": 100,
+    "min_epochs": 5,
     "batch_size": 32,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "weight_decay": 0.05,
     "layer_decay": 0.8,
     "frozen_below": 0.2,
     "warmup_epochs": 1,
     "ema_decay": 0.98,
     "batch_norm": "frozen",
+    "patience": 40,  # to the end: the best epochs are the last, when the rate is low
     "min_crop": 0.4,
     "start": "probe",
     "flip_test": True,
