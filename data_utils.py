@@ -2727,7 +2727,7 @@ class TrainConfig:
     label_smoothing: float = 0.0  # "ce" only
     class_weights: str | None = None
     schedule: str = "cosine"  # of the learning rate, one of SCHEDULES
-    frozen_below: float = 0.0  # layers with less than this share of the rate are not trained at all
+    frozen_below: float = 0.0  # with layer_decay: layers with a smaller share stay as they are
     start: str = "small"  # or "probe": the head is a probe already, which epoch 0 validates
     batch_norm: str = "trained"  # or "frozen": statistics as they were pretrained
     grad_checkpointing: bool = False  # half the memory for a third more time
@@ -2773,9 +2773,8 @@ class TrainConfig:
             problem = f"loss={self.loss!r}, loss_kwargs={self.loss_kwargs}"
             raise ValueError(f"{problem}: expected a name and a dict without label_smoothing.")
         _check_choice("schedule", self.schedule, SCHEDULES)
-        if self.frozen_below and not (self.layer_decay and 0 <= self.frozen_below < 1):
-            problem = f"frozen_below={self.frozen_below!r}, layer_decay={self.layer_decay!r}"
-            raise ValueError(f"{problem}: expected 0, or a share below 1 and a layer_decay.")
+        if not (isinstance(self.frozen_below, (int, float)) and 0 <= self.frozen_below < 1):
+            raise ValueError(f"frozen_below={self.frozen_below!r}: expected 0 to below 1.")
         _check_choice("start", self.start, ("small", "probe"))
         _check_choice("view", self.view, VIEWS)
         self.model_kwargs = json.loads(json.dumps(self.model_kwargs))  # tuples as in config.json
