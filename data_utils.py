@@ -2178,7 +2178,7 @@ def _start_head(model: nn.Module, bias: Sequence[float] | np.ndarray | torch.Ten
         head.decoder.duplicate_pooling_bias.copy_(bias)
     else:
         for layer in _last_layers(model):
-            nn.init.trunc_normal_(layer.weight, std=0.1 / layer.weight[0].numel() ** 0.5)
+            nn.init.trunc_normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
             if layer.bias is not None:
                 layer.bias.copy_(bias)
 
