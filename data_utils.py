@@ -3092,6 +3092,7 @@ class Trainer:
         if self.config.start == "probe":
             row = {"epoch": 0, "step": 0, "learning_rate": 0.0, "train_loss": float("nan")}
             self._note(row | self.validate() | {"seconds": 0.0, "images_per_second": 0.0})
+            self._save_last()
         return self._run(after_epoch)
 
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:

@@ -269,6 +269,24 @@ def test_training_from_a_probe_is_resumed_to_the_bit(survey, tmp_path):
     pd.testing.assert_frame_equal(found.drop(columns=clock), expected.drop(columns=clock))
 
 
+def test_training_that_is_stopped_in_its_first_epoch_goes_on_from_the_probe(
+    survey, tmp_path, monkeypatch
+):
+    config = settings(survey, start="probe", epochs=1)
+
+    def trainer():
+        model, sets = du.build_run(config)
+        du.start_from_probe(model, sets, config)
+        return du.Trainer(model, sets["train"], sets["val"], config, tmp_path / "run")
+
+    stopped = trainer()
+    monkeypatch.setattr(
+        stopped, "training_loss", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    assert stopped.fit()["epoch"].tolist() == [0]
+    assert trainer().resume()["epoch"].tolist() == [0, 1]
+
+
 def test_better_of_moving_average_and_current_weights_is_kept(survey, tmp_path):
     config = settings(survey, ema_decay=0.9999, learning_rate=3e-3, epochs=3)
     model, sets = du.build_run(config)
