@@ -2157,10 +2157,11 @@ def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray
 
 def _last_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers that give the logits of a model with a linear head; distilled have two."""
-    found = model.get_classifier()
+    found = model.get_classifier() if hasattr(model, "get_classifier") else model
     found = found if isinstance(found, tuple) else (found,)
     kinds = nn.Linear, nn.Conv2d
-    return [[m for m in part.modules() if isinstance(m, kinds)][-1] for part in found]
+    layers = [[m for m in part.modules() if isinstance(m, kinds)][-1:] for part in found]
+    return sum(layers, [])  # none of a backbone without a head
 
 
 @torch.no_grad()
@@ -2170,7 +2171,7 @@ def _start_head(model: nn.Module, bias: Sequence[float] | np.ndarray | torch.Ten
     timm starts some families (EfficientNet, MobileNet, MNASNet) with weights that grow as labels
     get fewer: 16 times as large as `nn.Linear`'s for 5 labels.
     """
-    head, bias = model.get_classifier(), torch.as_tensor(bias, dtype=torch.float32)
+    head, bias = getattr(model, "head", None), torch.as_tensor(bias, dtype=torch.float32)
     if isinstance(head, CSRA):  # of its weights only the directions count
         head.bias.copy_(bias)
     elif isinstance(head, MLDecoder):
