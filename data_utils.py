@@ -2155,6 +2155,12 @@ def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray
     return np.log(rates) if exclusive else np.log(rates / (1 - rates))
 
 
+def _classifier(model: nn.Module) -> nn.Module:
+    """Return the head of a model as one module; distilled models have two."""
+    head = getattr(model, "get_classifier", nn.Identity)()
+    return nn.ModuleList(head) if isinstance(head, tuple) else head
+
+
 def _last_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers that give the logits of a model with a linear head; distilled have two."""
     found = model.get_classifier() if hasattr(model, "get_classifier") else model
@@ -2374,7 +2380,7 @@ def _features_key(model: nn.Module, dataset: DataPartition, pooled: bool) -> str
     stats = [os.stat(path) for path in dataset.paths]
     files = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(dataset.paths, stats)]
     digest = hashlib.sha256(repr((files, str(dataset.transform), pooled)).encode())
-    in_head = {id(tensor) for tensor in model.get_classifier().state_dict(keep_vars=True).values()}
+    in_head = {id(tensor) for tensor in _classifier(model).state_dict(keep_vars=True).values()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in in_head:
             digest.update(name.encode())
@@ -2936,8 +2942,7 @@ def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, update
 
 def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Return timm's parameter groups, those of the head apart: its learning rate is its own."""
-    head = getattr(model, "get_classifier", nn.Identity)()
-    head = nn.ModuleList(head) if isinstance(head, tuple) else head  # distilled models have two
+    head = _classifier(model)
     backbone = model.backbone if isinstance(model, _HeadedModel) else model
     decay = config.weight_decay
     exempt = {"no_weight_decay_list": getattr(backbone, "no_weight_decay", set)()}

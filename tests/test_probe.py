@@ -220,6 +220,17 @@ def test_features_come_from_disk_the_second_time(survey, tmp_path, monkeypatch):
     assert torch.equal(changed[1:], other[1:])
 
 
+def test_features_of_a_distilled_model_are_kept_on_disk_too(survey, tmp_path):
+    config = settings(survey, model_name="deit_tiny_distilled_patch16_224", img_width=224)
+    model, sets = du.build_run(config, names=("train", "val"))
+    found, again = (
+        du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
+        for _ in range(2)
+    )
+    assert torch.equal(found, again)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 @pytest.mark.parametrize("head", ["linear", "csra", "mldecoder"])
 def test_head_learns_on_the_frozen_backbone(survey, head, monkeypatch):
     monkeypatch.setattr(du, "fast_precision", lambda *_: "no")  # bf16 would move the scores
