@@ -97,6 +97,7 @@ __all__ = [
     "group_stratified_split",
     "label_distribution",
     "list_images",
+    "load_parts",
     "make_loader",
     "make_transforms",
     "mean_average_precision",
@@ -176,6 +177,17 @@ def _some(names: Iterable[Any], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def _need_file(path: str | os.PathLike, fix: str) -> Path:
+    """Return `path` if it is a file; `fix` ends the sentence that is raised otherwise."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; {fix}.")
+    return Path(path)
+
+
+def _bad_line(path: str | os.PathLike, number: int, problem: str) -> ValueError:
+    return ValueError(f"{path}, line {number}: {problem}.")
+
+
 def read_tuned(
     path: str | os.PathLike, head: str, network: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -191,9 +203,7 @@ def read_tuned(
         FileNotFoundError: no such file.
         ValueError: not such a file, another head, or a name or a value that cannot be in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; run tuning.ipynb to make it.")
+    path = _need_file(path, "run tuning.ipynb to make it")
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
         own, before = found.pop("HEAD"), dict(found.pop("found_with", {}))
@@ -1157,9 +1167,7 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
         FileNotFoundError: the file is missing; names the notebook that makes it.
         ValueError: a column is missing or a label cell lies outside 0..1.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; run partitioning.ipynb to make it.")
+    path = _need_file(path, "run partitioning.ipynb to make it")
     df = _read_table(path)
     labels = [column for column in df.columns if column not in NOT_LABELS]
     if not labels or not set(NOT_LABELS) <= set(df.columns):
@@ -1167,6 +1175,34 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
     df = df.assign(**_parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
     paths = [os.path.normpath(path.parent / p) for p in df["image_path"]]
     return df.assign(image_path=[Path(p).as_posix() for p in paths]), labels
+
+
+def load_parts(
+    folder: str | os.PathLike, names: Sequence[str] = PARTS
+) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Read the partitions of `folder`.
+
+    Returns:
+        {name: rows} as `read_partition` gives them, and the label columns, the same in all.
+
+    Raises:
+        FileNotFoundError: one is missing; says which notebook makes it.
+        ValueError: parts with other labels, or a group that stands in two parts.
+    """
+    paths = {name: Path(folder) / f"{name}_partition.csv" for name in names}
+    read = {name: read_partition(path) for name, path in paths.items()}
+    first, labels = names[0], read[names[0]][1]
+    for name, (_, own) in read.items():
+        if own != labels:
+            other = _some(sorted(set(own) ^ set(labels))) or "in another order"
+            raise ValueError(f"{paths[name]}: other labels than {paths[first].name}: {other}.")
+    parts = {name: table for name, (table, _) in read.items()}
+    for one, two in itertools.combinations(names, 2):
+        shared = set(parts[one]["group_id"]) & set(parts[two]["group_id"])
+        if shared:
+            problem = f"group {_some(sorted(shared, key=str))} is in {one} and in {two}"
+            raise ValueError(f"{folder}: {problem}; run partitioning.ipynb again.")
+    return parts, labels
 
 
 def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
@@ -2819,9 +2855,7 @@ class TrainConfig:
             FileNotFoundError: no such file.
             ValueError: not such a file.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; run training.ipynb to make it.")
+        path = _need_file(path, "run training.ipynb to make it")
         try:
             return cls(**(json.loads(path.read_text(encoding="utf-8")) | changes))
         except (TypeError, ValueError) as error:
@@ -2849,9 +2883,7 @@ def build_run(
     Raises:
         FileNotFoundError: a partition is missing; it says which notebook makes it.
     """
-    folder = Path(config.partition_dir)
-    parts = {name: read_partition(folder / f"{name}_partition.csv")[0] for name in names}
-    labels = [column for column in parts["train"] if column not in NOT_LABELS]
+    parts, labels = load_parts(config.partition_dir, names)
     rates = base_rate_logits(parts["train"][labels].to_numpy(float), config.loss == "ce")
     set_seed(config.seed)
     model = build_model(

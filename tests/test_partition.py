@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from data_utils import find_near_duplicates, group_stratified_split, label_distribution
+from data_utils import (
+    find_near_duplicates,
+    group_stratified_split,
+    label_distribution,
+    load_parts,
+    write_partition,
+)
 
 NAN = float("nan")
 PARTS = ["train", "val", "test"]
@@ -260,3 +266,39 @@ def test_unreadable_files_are_named_or_skipped(pictures, tmp_path):
 def test_too_few_images_have_no_pairs(pictures, n):
     pairs = find_near_duplicates(pictures[:n], n_jobs=1)
     assert pairs.empty and pairs.columns.tolist() == ["first", "second", "distance"]
+
+
+def write_parts(folder, **groups):
+    for name, ids in groups.items():
+        rows = {"image_path": [f"{folder}/{i}.jpg" for i in ids], "group_id": ids, "Tree": 1.0}
+        write_partition(pd.DataFrame(rows), folder / f"{name}_partition.csv")
+
+
+def test_the_three_parts_are_read_with_their_labels(tmp_path):
+    write_parts(tmp_path, train=["a", "b"], val=["c"], test=["d"])
+    parts, labels = load_parts(tmp_path)
+    assert labels == ["Tree"] and {name: len(t) for name, t in parts.items()} == {
+        "train": 2,
+        "val": 1,
+        "test": 1,
+    }
+
+
+def test_a_missing_part_names_the_notebook_that_makes_it(tmp_path):
+    write_parts(tmp_path, train=["a"], test=["d"])
+    with pytest.raises(FileNotFoundError, match=r"val_partition.csv: .* partitioning.ipynb"):
+        load_parts(tmp_path)
+    assert list(load_parts(tmp_path, ("train", "test"))[0]) == ["train", "test"]
+
+
+def test_a_group_in_two_parts_is_refused(tmp_path):
+    write_parts(tmp_path, train=["a", "b"], val=["c"], test=["b"])
+    with pytest.raises(ValueError, match="group b is in train and in test; run partitioning.ipynb"):
+        load_parts(tmp_path)
+
+
+def test_parts_with_other_labels_are_refused(tmp_path):
+    write_parts(tmp_path, train=["a"], val=["c"], test=["d"])
+    (tmp_path / "val_partition.csv").write_text("image_path,group_id,Tree,Lake\nx.jpg,c,1,0\n")
+    with pytest.raises(ValueError, match="val_partition.csv: .* train_partition.csv: Lake"):
+        load_parts(tmp_path)
