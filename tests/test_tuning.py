@@ -350,7 +350,8 @@ def real_nb(nb, monkeypatch, tmp_path):
         rows.append([str(tmp_path / f"{i}.png"), str(i), *target])
     table = pd.DataFrame(rows, columns=["image_path", "group_id", *LABELS])
     for name in ("train", "val"):
-        du.write_partition(table, tmp_path / f"{name}_partition.csv")
+        own = table.assign(group_id=name + table["group_id"])  # no group in two parts
+        du.write_partition(own, tmp_path / f"{name}_partition.csv")
     values = {"parts": {"train": table, "val": table}, "label_columns": LABELS, "VIEW": "half"}
     values |= {"PARTITION_DIR": str(tmp_path), "OPTIONS": {"grad_accum_steps": 2}}
     values |= {"MODEL_NAME": "swinv2_tiny_window8_256", "MODEL_KWARGS": SWIN, "IMG_WIDTH": 32}
