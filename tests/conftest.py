@@ -12,8 +12,8 @@ from typing import Any
 import matplotlib
 import nbformat
 import pytest
+from run_notebooks import NOTEBOOKS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 matplotlib.use("Agg")  # not by environment variable: notebook kernels would inherit that
@@ -23,18 +23,6 @@ matplotlib.use("Agg")  # not by environment variable: notebook kernels would inh
 os.environ["TQDM_MININTERVAL"] = "30"
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # unit tests compare bits; the notebooks get the GPU back
-
-NOTEBOOKS = [
-    "imagesplit",
-    "partitioning",
-    "training",
-    "csra",
-    "mldecoder",
-    "classifier",
-    "relabeling",
-    "pretraining",
-    "tuning",
-]
 
 
 def collection_rank(path: Path) -> int:

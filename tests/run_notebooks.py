@@ -1,0 +1,99 @@
+"""Run the notebooks in their order, on copies, and write them as web pages with an index.
+
+python tests/run_notebooks.py                 all of them, into runs/report/index.html
+python tests/run_notebooks.py training csra   only these; what they read must be there already
+"""
+
+import argparse
+import html
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbconvert import HTMLExporter
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = [
+    "imagesplit",
+    "partitioning",
+    "training",
+    "csra",
+    "mldecoder",
+    "classifier",
+    "relabeling",
+    "pretraining",
+    "tuning",
+]
+STYLE = """body {font: 16px sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em}
+li {margin: 1.5em 0} img {display: block; max-width: 24em; max-height: 14em; margin-top: 0.5em}"""
+
+
+def first_picture(notebook: nbformat.NotebookNode) -> str:
+    """Return an <img> of the first picture among the outputs, or nothing."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            for kind in ("image/png", "image/jpeg"):
+                data = output.get("data", {}).get(kind)
+                if data:
+                    return f'<img alt="" src="data:{kind};base64,{"".join(data.split())}">'
+    return ""
+
+
+def entry(name: str, notebook: nbformat.NotebookNode, state: str) -> str:
+    title = re.match(r"# (.+)", notebook.cells[0].source)
+    title = html.escape(title[1] if title else name)
+    link = f'<a href="{name}.html"><b>{name}</b></a>'
+    return f"<li>{link}: {title} ({state}){first_picture(notebook)}</li>"
+
+
+def write_index(folder: Path, entries: Sequence[str]) -> None:
+    head = f'<!doctype html><meta charset="utf-8"><title>Notebooks</title><style>{STYLE}</style>'
+    body = f"<h1>What the notebooks made</h1><ol>{''.join(entries)}</ol>"
+    (folder / "index.html").write_text(head + body, encoding="utf-8")
+
+
+def run(folder: Path, root: Path, names: Sequence[str]) -> str | None:
+    """Run copies of `names` below `root`; return the one that failed, after which none is run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for name in tqdm(names, desc="notebooks"):
+        notebook = nbformat.read(root / f"{name}.ipynb", as_version=4)
+        began, failed = time.perf_counter(), None
+        resources = {"metadata": {"path": str(root)}}
+        try:
+            NotebookClient(notebook, timeout=None, resources=resources).execute()
+        except CellExecutionError as error:
+            failed = f"stopped: {error.ename}: {error.evalue}"
+        page, _ = HTMLExporter().from_notebook_node(notebook)
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+        took = f"{time.perf_counter() - began:.0f} s"
+        entries.append(entry(name, notebook, html.escape(failed or took)))
+        write_index(folder, entries)  # after each: a look is possible before the last is done
+        if failed:
+            print(f"{name}.ipynb {failed}", file=sys.stderr)
+            return name
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=NOTEBOOKS, help="in the order to run")
+    parser.add_argument("--to", type=Path, default=ROOT / "runs" / "report", help="folder")
+    arguments = parser.parse_args()
+    names = [name.removesuffix(".ipynb") for name in arguments.names]
+    unknown = [name for name in names if name not in NOTEBOOKS]
+    if unknown:
+        parser.error(f"no notebook {', '.join(unknown)}; expected some of {', '.join(NOTEBOOKS)}")
+    failed = run(arguments.to, ROOT, names)
+    print(f"Open {arguments.to / 'index.html'} in a browser.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
