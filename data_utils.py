@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import uuid
 import warnings
@@ -2571,11 +2572,7 @@ def _fastest_device() -> str:
 
 
 def fast_precision(model: nn.Module, device: str | None = None) -> str:
-    """Return accelerate's name of the precision in which a device trains `model` fastest.
-
-    On a CPU with instructions for it "bf16", but "no" for depth-wise convolutions, of which some
-    are slower then (MobileNet, EfficientNet).
-    """
+    """Return accelerate's name of the precision in which a device trains `model` fastest."""
     device = device or _fastest_device()
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -2583,7 +2580,7 @@ def fast_precision(model: nn.Module, device: str | None = None) -> str:
     units = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
-    slower = depth_wise and gains_by_channels_last(model)
+    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
     return "bf16" if units and device == "cpu" and not slower else "no"
 
 
@@ -2593,12 +2590,7 @@ class MaskedLoss(nn.Module):
     The mean is over known cells; for "ce" over images that somebody judged, for "zlpr" over those
     with a known cell. "zlpr" and "twoway" compare labels: an unknown cell is a negative with logit
     -1e4, whose share is exactly zero. The weights of "db" take it as present by the label's rate.
-
-    Args:
-        targets: (N, L) of the training part, from which class weights and counts are taken.
-        class_weights: None, "neg_pos", "inv_freq" or "effective_num" ("bce" and "asl").
-        soft: targets lie between 0 and 1 ("zlpr" and "twoway" refuse these).
-        **kwargs: of `timm.loss.create_classification_loss`, e.g. asl_gamma_neg.
+    Counts come from `targets` (N, L), the training part's; `kwargs` go to timm, e.g. asl_gamma_neg.
     """
 
     def __init__(
@@ -2706,11 +2698,10 @@ _RANGES: dict[str, Callable[[Any], bool]] = {
 _FROM_1, _FROM_0, _ABOVE_0, _SHARE, _BELOW_1, _NAME, _NO_SMOOTHING = _RANGES
 
 
-def _option(default: Any, meaning: str, values: str = "", choices: Sequence[str] = ()) -> Any:
-    """Return a dataclass field; `values` is one of `_RANGES`."""
+def _option(default: Any, meaning: str, values: str | Sequence[str] = "") -> Any:
+    """Return a dataclass field; `values` are one of `_RANGES`, or all that there are."""
     start = {"default_factory": default} if default in (dict, list) else {"default": default}
-    about = {"help": meaning, "values": values, "choices": choices}
-    return field(**start, metadata=about, compare=default is not list)
+    return field(**start, metadata={"help": meaning, "values": values}, compare=default is not list)
 
 
 def _check_options(names: Iterable[str], known: Sequence[str] = ()) -> None:
@@ -2733,58 +2724,57 @@ class TrainConfig:
     epochs: int = _option(30, "how often every training photo is seen", _FROM_1)
     batch_size: int = _option(32, "photos per step, in each process", _FROM_1)
     learning_rate: float = _option(5e-4, "the highest one of the schedule", _ABOVE_0)
-    head_learning_rate: float | None = _option(None, "the head's; None: the same", _ABOVE_0)
+    head_learning_rate: float | None = _option(None, "that of the head; None: the same", _ABOVE_0)
     weight_decay: float = _option(0.05, "how strongly AdamW pulls weights to 0", _FROM_0)
-    layer_decay: float | None = _option(None, "rate × this per layer below the head", _SHARE)
-    warmup_epochs: float = _option(2, "the rate rises from 0 in these", _FROM_0)
+    layer_decay: float | None = _option(None, "rate × this for each layer below the head", _SHARE)
+    warmup_epochs: float = _option(2, "in these the rate rises from 0", _FROM_0)
     grad_accum_steps: int = _option(1, "batches per step, where memory is short", _FROM_1)
-    clip_grad: float | None = _option(1.0, "the longest gradient; None: any", _ABOVE_0)
-    ema_decay: float | None = _option(None, "of a moving average of the weights", _SHARE)
+    clip_grad: float | None = _option(1.0, "longest gradient; None: any length", _ABOVE_0)
+    ema_decay: float | None = _option(None, "of a moving average of the weights, e.g. 0.98", _SHARE)
     mixup_alpha: float = _option(0.0, "blends pairs of photos (MixUp); try 0.2", _FROM_0)
     cutmix_alpha: float = _option(0.0, "pastes a box of another photo (CutMix)", _FROM_0)
     loss: str = _option("bce", "bce, asl, zlpr, twoway, db; ce: one class per photo", _NAME)
-    loss_kwargs: dict = _option(dict, "of timm's loss, e.g. asl_gamma_neg", _NO_SMOOTHING)
+    loss_kwargs: dict = _option(dict, "options of timm's loss, e.g. asl_gamma_neg", _NO_SMOOTHING)
     label_smoothing: float = _option(0.0, "share spread over all classes (ce)", _BELOW_1)
-    class_weights: str | None = _option(None, "neg_pos, inv_freq or effective_num")
-    schedule: str = _option("cosine", "of the rate: " + ", ".join(SCHEDULES), "", SCHEDULES)
-    frozen_below: float = _option(0.0, "layers whose share of the rate is less rest", _BELOW_1)
-    start: str = _option("small", "small, or probe: epoch 0", "", ("small", "probe"))
-    batch_norm: str = _option("trained", "or frozen: its statistics", "", ("trained", "frozen"))
+    class_weights: str | None = _option(None, "for bce, asl: neg_pos, inv_freq, effective_num")
+    schedule: str = _option("cosine", "how the rate falls: see SCHEDULES", SCHEDULES)
+    frozen_below: float = _option(0.0, "layers whose share of the rate is lower rest", _BELOW_1)
+    start: str = _option("small", "small: random; probe: learnt first", ("small", "probe"))
+    batch_norm: str = _option("trained", "statistics, or frozen", ("trained", "frozen"))
     grad_checkpointing: bool = _option(False, "half the memory for a third more time")
     min_crop: float = _option(0.8, "the least share of a photo that a crop keeps", _SHARE)
-    rand_augment: str | None = _option(None, "e.g. rand-m6-n2, for colour jitter")
+    rand_augment: str | None = _option(None, "e.g. rand-m6-n2, in place of colour jitter")
     drop_rate: float = _option(0.0, "dropout before the head", _BELOW_1)
     flip_test: bool = _option(False, "answer for a photo and its mirror image together")
     head: str = _option("linear", "linear, csra or mldecoder")
     # What is trained from what, where.
-    head_kwargs: dict = _option(dict, "of the head, e.g. lam")
+    head_kwargs: dict = _option(dict, "options of the head, e.g. lam of csra")
     partition_dir: str = _option("", "the CSVs of partitioning.ipynb")
-    view: str = _option("half", "what a photo shows: half or panorama", "", VIEWS)
-    labels: list = _option(list, "in this order; empty: those of the CSVs")
+    view: str = _option("half", "what a photo shows: half or panorama", VIEWS)
+    labels: list = _option(list, "their order; empty: as in the CSVs")  # not compared
     model_name: str = _option("", "any timm model")
-    model_kwargs: dict = _option(dict, "of the timm model, e.g. drop_path_rate")
+    model_kwargs: dict = _option(dict, "options of the timm model, e.g. drop_path_rate")
     pretrained: bool | str = _option(False, "True (hub), or the path of a state dict")
     img_width: int = _option(0, "pixels; the height is the same, or half (panorama)", _FROM_0)
-    cache_dir: str | None = _option(None, "keeps decoded, shrunk photos, and features")
+    cache_dir: str | None = _option(None, "folder that keeps shrunk photos, and features")
     patience: int = _option(10, "ends after so many epochs without a better one", _FROM_1)
-    seed: int = _option(42, "of all random numbers")
-    num_workers: int = _option(0, "processes that read photos", _FROM_0)
-    precision: str = _option("auto", "no, bf16 or fp16", "", ("auto", "no", "bf16", "fp16"))
+    seed: int = _option(42, "where all random numbers start")
+    num_workers: int = _option(0, "processes that read photos; 0: none beside this", _FROM_0)
+    precision: str = _option("auto", "no: 32 bit", ("auto", "no", "bf16", "fp16"))
     channels_last: bool | None = _option(None, "None: where the network gains by it")
     compile: bool = _option(False, "torch.compile: pays in long trainings")
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            name, value, about = option.name, getattr(self, option.name), option.metadata
+            name, value, values = option.name, getattr(self, option.name), option.metadata["values"]
+            if isinstance(values, tuple):
+                _check_choice(name, value, values)
             kinds = get_args(option.type) or (option.type,)
             taken = (*kinds, int) if float in kinds else kinds
             fits = isinstance(value, taken) and (bool in kinds or not isinstance(value, bool))
-            in_range = _RANGES.get(about["values"], lambda _: True)
-            if not fits or not (value is None or in_range(value)):
-                expected = about["values"] or " or ".join(_KINDS[kind] for kind in kinds)
+            if not fits or (value is not None and values in _RANGES and not _RANGES[values](value)):
+                expected = values or " or ".join(_KINDS[kind] for kind in kinds)
                 raise ValueError(f"{name}={value!r}: expected {expected}.")
-            if about["choices"]:
-                _check_choice(name, value, about["choices"])
             if dict in kinds:  # tuples become lists, as in config.json
                 setattr(self, name, json.loads(json.dumps(value)))
 
@@ -2882,12 +2872,10 @@ def start_from_probe(
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
-    """Return timm's schedule, one value an optimizer step, `updates` of them an epoch.
+    """Return timm's schedule, one value per optimizer step, `updates` of them per epoch.
 
-    After a linear warm-up: "cosine" to zero (Loshchilov & Hutter 2017, arXiv 1608.03983);
-    "warm-restarts", the same in three equal cycles; "step", a tenth after each third of the rest;
-    "flat-cosine", the last 28 % of the steps fall. "one-cycle" rises from 1/25 for 30 % of the
-    steps, then falls (the rates of Smith & Topin 2019, arXiv 1708.07120; no cycle of momentum).
+    "cosine": Loshchilov & Hutter 2017, arXiv 1608.03983; "warm-restarts": three such cycles;
+    "one-cycle": the rates of Smith & Topin 2019, arXiv 1708.07120; "flat-cosine": 28 % fall.
     """
     epochs, warmup = config.epochs, min(config.warmup_epochs, config.epochs - 1)
     rest, first = epochs - warmup, {"warmup_prefix": True}
@@ -2923,15 +2911,13 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 class Trainer:
-    """Train a model on a training partition, keeping the weights of the best validation score.
-
-    The best epoch has the highest mAP; with loss="ce" the highest top-1 accuracy. `prepare_loss`,
-    `training_loss` and `validate` are what another task overrides.
+    """Train a model, keeping the weights of the best validation mAP (loss="ce": top-1 accuracy).
 
     `run_dir` receives config.json, history.csv, the best weights and last/, the resume point.
     Random numbers follow from (seed, epoch): a run that was resumed ends like one that was not
     stopped (on a GPU: but for the rounding of kernels that add in any order). Several processes
-    (`accelerate launch`) need a `run_dir` that all of them see.
+    (`accelerate launch`) need a `run_dir` that all of them see. Another task overrides
+    `prepare_loss`, `training_loss` and `validate`.
     """
 
     def __init__(
@@ -2947,13 +2933,12 @@ class Trainer:
         self.run_dir, self.val_set, spec = Path(run_dir), val_set, getattr(model, "spec", {})
         own = {key: spec[key] for key in ("head", "head_kwargs") if key in spec}
         self.best_path = self.run_dir / "best_model.pt"
-        self.config = config = replace(config, labels=train_set.label_columns, **own)
+        self.config = config = replace(config, labels=list(train_set.label_columns), **own)
+        precision = fast_precision(model) if config.precision == "auto" else config.precision
         AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
         GradientState._reset_state()  # train more than once
         self.accelerator = Accelerator(
-            mixed_precision=fast_precision(model)
-            if config.precision == "auto"
-            else config.precision,
+            mixed_precision=precision,
             gradient_accumulation_steps=config.grad_accum_steps,
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
         )
@@ -3065,20 +3050,12 @@ class Trainer:
         found = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
         return found | {"images": images, "labels": self.val_set.label_columns}
 
-    def predict(
-        self, dataset: DataPartition, weights: str = "current", flip: bool = False
-    ) -> np.ndarray:
-        """Return probabilities (N, L) in the order of `dataset`.
-
-        `weights` are "current", or "ema" for the moving average. With `flip` the mean of the
-        logits of every image and its mirror image counts.
-        """
+    def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
+        """Return probabilities (N, L); weights="ema" is the moving average, flip as in `_look`."""
         logits = self._predict_logits(dataset, weights, flip)
         return _to_probs(logits, self.config.loss == "ce")
 
-    def _predict_logits(
-        self, dataset: DataPartition, weights: str, flip: bool = False
-    ) -> torch.Tensor:
+    def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
         model, accelerator = self.ema.module if weights == "ema" else self.model, self.accelerator
         model.eval()
         ranks = accelerator.num_processes, accelerator.process_index
@@ -3110,10 +3087,9 @@ class Trainer:
                         after_epoch(dict(self.history[-1]))
         except KeyboardInterrupt:
             self.stopped = True
-            kept = f"{self.run_dir} keeps finished epochs, Trainer.resume() goes on from there."
-            print(
-                f"Stopped in epoch {self.epoch + 1};", kept if self.history else "nothing is kept."
-            )
+            kept = f"{self.run_dir} keeps finished epochs, Trainer.resume() goes on from there"
+            kept = kept if self.history else "nothing is kept"
+            print(f"Stopped in epoch {self.epoch + 1}; {kept}.")
             if self.accelerator.num_processes > 1:  # the others may be anywhere: none waits
                 raise
         self.accelerator.wait_for_everyone()
@@ -3155,10 +3131,7 @@ class Trainer:
         self._save_last()
 
     def validate(self) -> dict[str, Any]:
-        """Return the validation scores of an epoch: `metric` and whatever else history shall hold.
-
-        With a moving average, they are those of the better weights, and `weights` says which.
-        """
+        """Return `metric` and whatever else history shall hold; of the better weights with EMA."""
         if self.ema is None:
             return self._validate("current")
         found = [self._validate(weights) | {"weights": weights} for weights in ("ema", "current")]
@@ -3185,18 +3158,16 @@ class Trainer:
             logits = self.model(images.contiguous(memory_format=self.layout))
         return self.criterion(logits, targets)
 
-    def _train_mode(self) -> None:
-        self.model.train()
-        if self.config.batch_norm == "frozen":
-            for module in self.plain.modules():
-                module.train(not isinstance(module, nn.modules.batchnorm._BatchNorm))
-
     def _train_epoch(self, bar: tqdm) -> float:
         """Return the mean loss of one epoch."""
         accelerator, seed = self.accelerator, self.config.seed + 7919 * (self.epoch + 1)
         set_seed(seed, device_specific=True)
         self.generator.manual_seed(seed)
-        self._train_mode()
+        self.model.train()
+        if self.config.batch_norm == "frozen":
+            for module in self.plain.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         self.model.zero_grad()  # of a batch that an interrupt broke off
         if accelerator.scaler is not None:  # fp16: that batch may be half unscaled
             accelerator.scaler._per_optimizer_states.clear()
@@ -4001,4 +3972,33 @@ def plot_history(history: pd.DataFrame) -> plt.Figure:
     right.axvline(best["epoch"], ls=":", color="grey")
     right.set_title(f"best: {best[score]:.3f} in epoch {best['epoch']:.0f}")
     left.set(ylabel="loss", title="loss")
+    return figure
+
+
+def show_predictions(
+    images: Sequence[Any],
+    targets: np.ndarray,
+    probs: np.ndarray,
+    thresholds: Sequence[float],
+    labels: Sequence[str],
+    columns: int = 3,
+    width: float = 3.0,
+) -> plt.Figure:
+    """Draw images (paths, PIL or arrays); below each what is right, missed and wrongly reported.
+
+    `targets` and `probs` are (N, L); of unknown cells nothing is said.
+    """
+    figure = show_images(images, columns=columns, width=width)
+    reported, names = probs >= np.asarray(thresholds), np.array(labels, dtype=object)
+    kinds = {"right": ("tab:green", (targets >= 0.5) & reported)}
+    kinds |= {"missed": ("chocolate", (targets >= 0.5) & ~reported)}
+    kinds |= {"wrong": ("tab:red", (targets < 0.5) & reported)}
+    for i, axis in enumerate(figure.axes[: len(images)]):
+        below = 3  # points
+        for word, (color, cells) in kinds.items():
+            if cells[i].any():
+                text = textwrap.fill(f"{word}: {', '.join(names[cells[i]])}", round(15 * width))
+                place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+                axis.annotate(text, (0, 0), (0, -below), color=color, fontsize=8, **place)
+                below += 11 * (text.count("\n") + 1)
     return figure
