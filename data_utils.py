@@ -195,8 +195,10 @@ def read_tuned(
     """
     path = _need_file(path, "run tuning.ipynb to make it")
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-        own, before = found.pop("head"), dict(found.pop("found_with", {}))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = {name.lower(): value for name, value in content.items()}  # once in capitals
+        own = found.pop("head")
+        before = {name.lower(): value for name, value in found.pop("found_with", {}).items()}
         notebook = {"linear": "training", "csra": "csra", "mldecoder": "mldecoder"}[own]
         _check_options(found, TUNABLE)
         TrainConfig(**found)
