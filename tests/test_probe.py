@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -584,3 +585,16 @@ def test_run_reads_only_the_parts_that_it_is_asked_for(survey):
     names = [type(step).__name__ for step in sets["plain"].transform.transforms]
     assert "RandomSqueezedCrop" not in names
     assert "RandomSqueezedCrop" in [type(s).__name__ for s in sets["train"].transform.transforms]
+
+
+# ---------------------------------------------------------------- photos with their labels
+
+
+def test_predictions_are_marked_right_missed_and_wrong():
+    photos = [np.zeros((8, 8, 3), np.uint8)] * 2
+    targets = np.array([[1, 1, 0, NAN], [0, 0, 0, 0]])
+    probs = np.array([[0.9, 0.1, 0.8, 0.9], [0.1, 0.1, 0.1, 0.1]])
+    figure = du.show_predictions(photos, targets, probs, [0.5] * 4, list("abcd"))
+    texts = [[text.get_text() for text in axis.texts] for axis in figure.axes[:2]]
+    assert texts == [["right: a", "missed: b", "wrong: c"], []]  # of d nobody knows
+    plt.close(figure)
