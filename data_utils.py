@@ -23,13 +23,14 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -134,9 +135,6 @@ NOT_LABELS = ("image_path", "group_id")
 VIEWS = ("half", "panorama")
 PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
-_NUMBER, _NOTHING = (int, float), type(None)
-TUNABLE = {"LEARNING_RATE": _NUMBER, "WEIGHT_DECAY": _NUMBER, "LAYER_DECAY": (*_NUMBER, _NOTHING)}
-TUNABLE |= {"BATCH_SIZE": int, "RAND_AUGMENT": (str, _NOTHING), "LOSS": str}
 FORMAT_VERSION = 2  # 1 knew no "activation"
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _HALF = re.compile(r"_(left|right)$")
@@ -191,35 +189,25 @@ def _bad_line(path: str | os.PathLike, number: int, problem: str) -> ValueError:
 def read_tuned(
     path: str | os.PathLike, head: str, network: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the parameters that tuning.ipynb found, by their names in the notebooks.
+    """Return what tuning.ipynb found for a head: fields of `TrainConfig`, as OPTIONS takes them.
 
-    Args:
-        path: its best_parameters.json.
-        head: "linear", "csra" or "mldecoder": the one they must have been found for.
-        network: parameters that say what will be trained, e.g. MODEL_NAME; warns of each that was
-            another in the search.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, another head, or a name or a value that cannot be in it.
+    Warns of each field of `network` (e.g. model_name) that was another in the search.
     """
     path = _need_file(path, "run tuning.ipynb to make it")
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-        own, before = found.pop("HEAD"), dict(found.pop("found_with", {}))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = {name.lower(): value for name, value in content.items()}  # once in capitals
+        own = found.pop("head")
+        before = {name.lower(): value for name, value in found.pop("found_with", {}).items()}
         notebook = {"linear": "training", "csra": "csra", "mldecoder": "mldecoder"}[own]
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{path}: no best_parameters.json of tuning.ipynb.") from None
+        _check_options(found, TUNABLE)
+        TrainConfig(**found)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no best_parameters.json of tuning.ipynb ({error}).") from None
     if own != head:
-        raise ValueError(f"{path}: found for HEAD={own!r}, not {head!r}; use {notebook}.ipynb.")
-    unknown = sorted(found.keys() - TUNABLE.keys())
-    if unknown:
-        raise ValueError(f"{path}: {_some(unknown)} cannot be tuned; expected {_some(TUNABLE, 9)}.")
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, TUNABLE[name]):
-            raise ValueError(f"{path}: {name}={value!r} is no such value; run tuning.ipynb again.")
+        raise ValueError(f"{path}: found for head={own!r}, not {head!r}; use {notebook}.ipynb.")
     now = json.loads(json.dumps(network or {}))  # tuples become lists, as in the file
-    other = [name for name, value in now.items() if name in before and before[name] != value]
+    other = [name for name, value in now.items() if before.get(name, value) != value]
     if other:
         warnings.warn(f"{path}: found with another {_some(other)}; search again.", stacklevel=2)
     return found
@@ -2586,43 +2574,25 @@ def _fastest_device() -> str:
 
 
 def fast_precision(model: nn.Module, device: str | None = None) -> str:
-    """Return the accelerate precision in which a device trains `model` fastest.
-
-    "bf16" or "fp16" on a GPU; on a CPU "bf16" where it has instructions for that, but "no" for
-    networks with depth-wise convolutions, of which some are slower then (MobileNet, EfficientNet).
-
-    Args:
-        device: "cuda", "mps" or "cpu"; None is the fastest of this machine.
-    """
+    """Return accelerate's name of the precision in which a device trains `model` fastest."""
     device = device or _fastest_device()
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cpu = torch.cpu.get_capabilities()
     units = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
-    depth_wise = gains_by_channels_last(model) and any(
-        m.groups == m.in_channels > 1 for m in convolutions
-    )
-    return "bf16" if units and device == "cpu" and not depth_wise else "no"
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
+    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
+    return "bf16" if units and device == "cpu" and not slower else "no"
 
 
 class MaskedLoss(nn.Module):
-    """A timm multi-label loss by name that leaves unknown (NaN) targets out.
+    """A loss of timm by name, or "ce" (one class an image), that leaves unknown (NaN) targets out.
 
-    "bce", "asl" and "db" are averaged over the known cells; the weights of "db" take an unknown
-    cell as present by the label's rate in training. "zlpr" and "twoway" compare labels with each
-    other: an unknown cell enters as a negative with logit -1e4, whose share in their log-sum-exp
-    is exactly zero. "zlpr" is averaged over the images with a known cell. "ce", softmax
-    cross-entropy for classes that exclude each other, is averaged over the images without an
-    unknown cell.
-
-    Args:
-        name: "bce", "asl", "zlpr", "twoway" or "db"; "ce" for one class an image.
-        targets: (N, L) training targets, from which class weights and counts are taken.
-        class_weights: None, "neg_pos", "inv_freq" or "effective_num" ("bce" and "asl").
-        soft: targets lie between 0 and 1 ("zlpr" and "twoway" refuse these).
-        label_smoothing: share of the target that all classes get in equal parts ("ce").
-        **kwargs: passed to `timm.loss.create_classification_loss`, e.g. asl_gamma_neg.
+    The mean is over known cells; for "ce" over images that somebody judged, for "zlpr" over those
+    with a known cell. "zlpr" and "twoway" compare labels: an unknown cell is a negative with logit
+    -1e4, whose share is exactly zero. The weights of "db" take it as present by the label's rate.
+    Counts come from `targets` (N, L), the training part's; `kwargs` go to timm, e.g. asl_gamma_neg.
     """
 
     def __init__(
@@ -2635,47 +2605,40 @@ class MaskedLoss(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.exclusive = name == "ce"
-        if self.exclusive:
-            if class_weights is not None or kwargs:
-                raise ValueError(f"loss='ce' takes no {_some(kwargs or ['class_weights'])}.")
-            self.loss = nn.CrossEntropyLoss(reduction="none", label_smoothing=label_smoothing)
-            return
-        if label_smoothing:
+        if name == "ce" and (class_weights is not None or kwargs):
+            raise ValueError(f"loss='ce' takes no {_some(kwargs or ['class_weights'])}.")
+        if name != "ce" and label_smoothing:
             raise ValueError("label_smoothing goes with loss='ce', one class an image.")
-        known = np.maximum((~np.isnan(targets)).sum(0), 1)
-        # One sample count for all labels, as timm expects: scale each label's rate to N images.
-        counts = np.nansum(targets, axis=0) / known * len(targets)
-        if class_weights is not None:
-            _check_choice("class_weights", class_weights, CLASS_WEIGHT_METHODS)
-            kind, weights = compute_class_weights(counts, len(targets), class_weights)
-            kwargs[kind] = weights
-        if name == "db":
-            kwargs |= {"class_counts": counts, "num_samples": len(targets)}
         if kwargs.get("bce_sum"):
             raise ValueError("bce_sum sums unknown cells too; leave it out.")
-        loss = create_classification_loss(name, multi_label=True, soft_targets=soft, **kwargs)
-        self.averages_cells = name not in ("zlpr", "twoway")
-        if self.averages_cells:
-            loss.reduction = "none"
-        self.loss = loss
-        prior = torch.as_tensor(counts / len(targets) * (name == "db"), dtype=torch.float)
+        self.name, n = name, len(targets)
+        # One sample count for all labels, as timm expects: each label's rate scaled to N images.
+        counts = np.nansum(targets, axis=0) / np.maximum((~np.isnan(targets)).sum(0), 1) * n
+        if class_weights is not None:
+            _check_choice("class_weights", class_weights, CLASS_WEIGHT_METHODS)
+            kind, weights = compute_class_weights(counts, n, class_weights)
+            kwargs[kind] = weights
+        if name == "db":
+            kwargs |= {"class_counts": counts, "num_samples": n}
+        if name == "ce":
+            self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        else:
+            kwargs |= {"multi_label": True, "soft_targets": soft}
+            self.loss = create_classification_loss(name, **kwargs)
+        if name not in ("zlpr", "twoway"):
+            self.loss.reduction = "none"
+        prior = torch.as_tensor(counts / n * (name == "db"), dtype=torch.float)
         self.register_buffer("prior", prior, persistent=False)
-        self.averages_images = name == "zlpr"
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        known = ~targets.isnan()
-        if self.exclusive:
-            judged = known.all(1)  # (B,)
-            losses = self.loss(logits.float(), targets.nan_to_num(0.0).float())
-            return (losses * judged).sum() / judged.sum().clamp(min=1)
+        known, logits = ~targets.isnan(), logits.float()
         targets = torch.where(known, targets, self.prior.to(targets.dtype))
-        if not self.averages_cells:
-            loss = self.loss(logits.float().masked_fill(~known, -1e4), targets)
+        if self.name in ("zlpr", "twoway"):
+            loss = self.loss(logits.masked_fill(~known, -1e4), targets)
             n_judged = known.any(1).sum().clamp(min=1)
-            return loss * len(known) / n_judged if self.averages_images else loss
-        cells = self.loss(logits.float(), targets)  # (B, L)
-        return (cells * known).sum() / known.sum().clamp(min=1)
+            return loss * len(known) / n_judged if self.name == "zlpr" else loss
+        counted = known.all(1) if self.name == "ce" else known  # (B,) or (B, L), as the losses
+        return (self.loss(logits, targets) * counted).sum() / counted.sum().clamp(min=1)
 
 
 def _check_exclusive(part: DataPartition, name: str) -> None:
@@ -2696,13 +2659,11 @@ def _look(model: nn.Module, images: torch.Tensor, flip: bool) -> torch.Tensor:
 
 
 def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
-    """Return (..., L): the softmax of classes that exclude each other, else sigmoids."""
     logits = logits.float()
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """Return a JSON object of a run folder."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
@@ -2711,136 +2672,121 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _remove_resume_point(folder: Path) -> None:
-    """Delete last/, its trainer.json first: half of it never looks complete."""
-    (folder / "trainer.json").unlink(missing_ok=True)
+    (folder / "trainer.json").unlink(missing_ok=True)  # first: half of it never looks complete
     shutil.rmtree(folder, ignore_errors=True)
 
 
 # What `TrainConfig.recipe` starts from: at least `steps` steps and `min_epochs` epochs.
-PRETRAINED_RECIPE: dict[str, Any] = {
-    "steps": 100,
-    "min_epochs": 5,
-    "batch_size": 32,
-    "learning_rate": 2e-3,
-    "weight_decay": 0.05,
-    "layer_decay": 0.8,
-    "frozen_below": 0.2,
-    "warmup_epochs": 1,
-    "ema_decay": 0.98,
-    "batch_norm": "frozen",
-    "patience": 40,  # to the end: the best epochs are the last, when the rate is low
-    "min_crop": 0.4,
-    "start": "probe",
-    "flip_test": True,
+PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size": 32}
+PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
+PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
+PRETRAINED_RECIPE |= {"batch_norm": "frozen", "start": "probe", "flip_test": True}
+PRETRAINED_RECIPE |= {"patience": 40}  # to the end: the best epochs are the last, at a low rate
+SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16}
+SCRATCH_RECIPE |= {"learning_rate": 1e-3, "weight_decay": 0.2, "warmup_epochs": 3}
+SCRATCH_RECIPE |= {"patience": 15, "min_crop": 0.95}
+
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_KINDS |= {dict: "a dict", list: "a list", type(None): "None"}
+_RANGES: dict[str, Callable[[Any], bool]] = {
+    "a whole number from 1": lambda value: value >= 1,
+    "0 or more": lambda value: value >= 0,
+    "more than 0": lambda value: value > 0,
+    "more than 0 and at most 1": lambda value: 0 < value <= 1,
+    "0 to below 1": lambda value: 0 <= value < 1,
+    "a name": bool,
+    "a dict without label_smoothing": lambda value: "label_smoothing" not in value,
 }
-SCRATCH_RECIPE: dict[str, Any] = {
-    "steps": 840,
-    "min_epochs": 20,
-    "batch_size": 16,
-    "learning_rate": 1e-3,
-    "weight_decay": 0.2,
-    "warmup_epochs": 3,
-    "patience": 15,
-    "min_crop": 0.95,
-}
+_FROM_1, _FROM_0, _ABOVE_0, _SHARE, _BELOW_1, _NAME, _NO_SMOOTHING = _RANGES
+
+
+def _option(default: Any, meaning: str, values: str | Sequence[str] = "") -> Any:
+    """Return a dataclass field; `values` are one of `_RANGES`, or all that there are."""
+    start = {"default_factory": default} if default in (dict, list) else {"default": default}
+    return field(**start, metadata={"help": meaning, "values": values}, compare=default is not list)
+
+
+def _check_options(names: Iterable[str], known: Sequence[str] = ()) -> None:
+    """Refuse a name that does not exist, with the nearest one that does."""
+    known = known or list(TrainConfig.__dataclass_fields__)
+    for name in sorted(set(names) - set(known)):
+        nearest = difflib.get_close_matches(name.lower(), known, 1, 0)[0]
+        expected = f"expected some of {_some(known)}"
+        raise ValueError(f"no option {name}; {expected}; did you mean {nearest}?")
 
 
 @dataclass
 class TrainConfig:
-    """Everything that decides a training run; saved as config.json beside its results.
+    """Everything that decides a training run: the config.json of its folder.
 
     Rates are for one optimizer step, which sees batch_size × grad_accum_steps × processes images.
-    The first block says how to learn, the second from what; `build_run` makes it all.
     """
 
-    epochs: int = 30
-    batch_size: int = 32
-    learning_rate: float = 5e-4
-    head_learning_rate: float | None = None  # None: learning_rate
-    weight_decay: float = 0.05
-    layer_decay: float | None = None  # learning rate × layer_decay a layer towards the input
-    warmup_epochs: int = 2
-    grad_accum_steps: int = 1
-    clip_grad: float | None = 1.0
-    ema_decay: float | None = None
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    loss: str = "bce"  # "ce": one class an image
-    loss_kwargs: dict = field(default_factory=dict)
-    label_smoothing: float = 0.0  # "ce" only
-    class_weights: str | None = None
-    schedule: str = "cosine"  # of the learning rate, one of SCHEDULES
-    frozen_below: float = 0.0  # with layer_decay: layers with a smaller share stay as they are
-    start: str = "small"  # or "probe": the head is a probe already, which epoch 0 validates
-    batch_norm: str = "trained"  # or "frozen": statistics as they were pretrained
-    grad_checkpointing: bool = False  # half the memory for a third more time
-    min_crop: float = 0.8  # share of a photo that a random crop keeps
-    rand_augment: str | None = None  # in the place of the colour jitter, see `make_transforms`
-    drop_rate: float = 0.0  # before the head
-    flip_test: bool = False  # answer for a photo and its mirror image together
-
-    partition_dir: str = ""  # of partitioning.ipynb
-    view: str = "half"
-    model_name: str = ""  # of timm
-    model_kwargs: dict = field(default_factory=dict)
-    pretrained: bool | str = False  # True (hub), or the path of a state dict
-    img_width: int = 0  # pixels; the height is the same, or half of it for panoramas
-    cache_dir: str | None = None  # keeps decoded, shrunk photos, and features
-    patience: int = 10  # epochs without a better validation score
-    seed: int = 42
-    num_workers: int = 0
-    precision: str = "auto"  # "no", "bf16" or "fp16"
-    channels_last: bool | None = None  # None: where the backbone gains by it
-    compile: bool = False
+    # How to learn: what tuning.ipynb may search.
+    epochs: int = _option(30, "how often every training photo is seen", _FROM_1)
+    batch_size: int = _option(32, "photos per step, in each process", _FROM_1)
+    learning_rate: float = _option(5e-4, "the highest one of the schedule", _ABOVE_0)
+    head_learning_rate: float | None = _option(None, "that of the head; None: the same", _ABOVE_0)
+    weight_decay: float = _option(0.05, "how strongly AdamW pulls weights to 0", _FROM_0)
+    layer_decay: float | None = _option(None, "rate × this for each layer below the head", _SHARE)
+    warmup_epochs: float = _option(2, "in these the rate rises from 0", _FROM_0)
+    grad_accum_steps: int = _option(1, "batches per step, where memory is short", _FROM_1)
+    clip_grad: float | None = _option(1.0, "longest gradient; None: any length", _ABOVE_0)
+    ema_decay: float | None = _option(None, "of a moving average of the weights, e.g. 0.98", _SHARE)
+    mixup_alpha: float = _option(0.0, "blends pairs of photos (MixUp); try 0.2", _FROM_0)
+    cutmix_alpha: float = _option(0.0, "pastes a box of another photo (CutMix)", _FROM_0)
+    loss: str = _option("bce", "bce, asl, zlpr, twoway, db; ce: one class each", _NAME)
+    loss_kwargs: dict = _option(dict, "options of timm's loss, e.g. asl_gamma_neg", _NO_SMOOTHING)
+    label_smoothing: float = _option(0.0, "share spread over all classes (ce)", _BELOW_1)
+    class_weights: str | None = _option(None, "for bce, asl: neg_pos, inv_freq, effective_num")
+    schedule: str = _option("cosine", "how the rate falls: see SCHEDULES", SCHEDULES)
+    frozen_below: float = _option(0.0, "layers whose share of the rate is lower rest", _BELOW_1)
+    start: str = _option("small", "the head: small (random) or a probe", ("small", "probe"))
+    batch_norm: str = _option("trained", "its statistics: trained or frozen", ("trained", "frozen"))
+    grad_checkpointing: bool = _option(False, "half the memory for a third more time")
+    min_crop: float = _option(0.8, "the least share of a photo that a crop keeps", _SHARE)
+    rand_augment: str | None = _option(None, "e.g. rand-m6-n2, in place of colour jitter")
+    drop_rate: float = _option(0.0, "dropout before the head", _BELOW_1)
+    flip_test: bool = _option(False, "answer for a photo and its mirror image together")
+    head: str = _option("linear", "linear, csra or mldecoder")
+    # What is trained from what, where.
+    head_kwargs: dict = _option(dict, "options of the head, e.g. lam of csra")
+    partition_dir: str = _option("", "the CSVs of partitioning.ipynb")
+    view: str = _option("half", "what a photo shows: half or panorama", VIEWS)
+    labels: list = _option(list, "their order; empty: as in the CSVs")  # not compared
+    model_name: str = _option("", "any timm model")
+    model_kwargs: dict = _option(dict, "options of the timm model, e.g. drop_path_rate")
+    pretrained: bool | str = _option(False, "True (hub), or the path of a state dict")
+    img_width: int = _option(0, "pixels; the height is the same, or half (panorama)", _FROM_0)
+    cache_dir: str | None = _option(None, "folder that keeps shrunk photos, and features")
+    patience: int = _option(10, "ends after so many epochs without a better one", _FROM_1)
+    seed: int = _option(42, "where all random numbers start")
+    num_workers: int = _option(0, "processes that read photos; 0: none beside this", _FROM_0)
+    precision: str = _option("auto", "auto: the fastest", ("auto", "no", "bf16", "fp16"))
+    channels_last: bool | None = _option(None, "None: where the network gains by it")
+    compile: bool = _option(False, "torch.compile: pays in long trainings")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "grad_accum_steps", "patience"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number from 1.")
-        highest = {"learning_rate": np.inf, "head_learning_rate": np.inf, "clip_grad": np.inf}
-        highest |= {"layer_decay": 1, "ema_decay": 1}
-        for name, high in highest.items():
-            value = getattr(self, name)
-            optional = value is None and name != "learning_rate"
-            if not optional and not (isinstance(value, (int, float)) and 0 < value <= high):
-                raise ValueError(f"{name}={value!r}: expected more than 0 and at most {high}.")
-        for name in ("weight_decay", "warmup_epochs", "mixup_alpha", "cutmix_alpha"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and value >= 0):
-                raise ValueError(f"{name}={value!r}: expected 0 or more.")
-        smoothing = self.label_smoothing
-        if not (isinstance(smoothing, (int, float)) and 0 <= smoothing < 1):
-            raise ValueError(f"label_smoothing={smoothing!r}: expected 0 to below 1.")
-        own = isinstance(self.loss_kwargs, dict) and "label_smoothing" not in self.loss_kwargs
-        if not (isinstance(self.loss, str) and own):
-            problem = f"loss={self.loss!r}, loss_kwargs={self.loss_kwargs}"
-            raise ValueError(f"{problem}: expected a name and a dict without label_smoothing.")
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        if not (isinstance(self.frozen_below, (int, float)) and 0 <= self.frozen_below < 1):
-            raise ValueError(f"frozen_below={self.frozen_below!r}: expected 0 to below 1.")
-        _check_choice("start", self.start, ("small", "probe"))
-        _check_choice("view", self.view, VIEWS)
-        self.model_kwargs = json.loads(json.dumps(self.model_kwargs))  # tuples as in config.json
-        if not (isinstance(self.min_crop, (int, float)) and 0 < self.min_crop <= 1):
-            raise ValueError(f"min_crop={self.min_crop!r}: expected more than 0 and at most 1.")
-        _check_choice("batch_norm", self.batch_norm, ("trained", "frozen"))
+        for option in fields(self):
+            name, value, values = option.name, getattr(self, option.name), option.metadata["values"]
+            if isinstance(values, tuple):
+                _check_choice(name, value, values)
+            kinds = get_args(option.type) or (option.type,)
+            taken = (*kinds, int) if float in kinds else kinds
+            fits = isinstance(value, taken) and (bool in kinds or not isinstance(value, bool))
+            if not fits or (value is not None and values in _RANGES and not _RANGES[values](value)):
+                expected = values or " or ".join(_KINDS[kind] for kind in kinds)
+                raise ValueError(f"{name}={value!r}: expected {expected}.")
+            if dict in kinds:  # tuples become lists, as in config.json
+                setattr(self, name, json.loads(json.dumps(value)))
 
     @classmethod
     def recipe(cls, pretrained: bool | str, n_images: int, **changes: Any) -> "TrainConfig":
         """Return the settings that were measured best (docs/results.md), with `changes`.
 
-        Args:
-            pretrained: as in `build_model`; random weights want another recipe.
-            n_images: of the training part: few photos are seen more often.
-            **changes: other fields; None leaves one to the recipe.
-
-        Raises:
-            ValueError: a field that does not exist.
+        Few training images are seen more often. A change to None leaves a field to the recipe.
         """
-        unknown = changes.keys() - cls.__dataclass_fields__.keys()
-        if unknown:
-            known = _some(cls.__dataclass_fields__, 99)
-            raise ValueError(f"no option {_some(sorted(unknown))}; expected some of {known}.")
+        _check_options(changes)
         found = dict(PRETRAINED_RECIPE if pretrained else SCRATCH_RECIPE, pretrained=pretrained)
         batch_size = changes.get("batch_size") or found["batch_size"]
         epochs = round(found.pop("steps") * batch_size / max(n_images, 1))
@@ -2849,17 +2795,16 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: str | os.PathLike, **changes: Any) -> "TrainConfig":
-        """Return the settings of a config.json, with `changes`.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not such a file.
-        """
+        """Return the settings of a config.json, with `changes`."""
+        _check_options(changes)
         path = _need_file(path, "run training.ipynb to make it")
         try:
-            return cls(**(json.loads(path.read_text(encoding="utf-8")) | changes))
+            saved = dict(json.loads(path.read_text(encoding="utf-8")))
+            _check_options(saved)
+            saved = asdict(cls(**saved))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: no config.json of a training ({error}).") from None
+        return cls(**saved | changes)
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -2867,43 +2812,34 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
+TUNABLE = list(TrainConfig.__dataclass_fields__)
+TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
+
+
 def build_run(
-    config: TrainConfig, head: str = "linear", names: Sequence[str] = PARTS, **head_kwargs: Any
+    config: TrainConfig, head: str | None = None, names: Sequence[str] = PARTS, **head_kwargs: Any
 ) -> tuple[nn.Module, dict[str, DataPartition]]:
-    """Return the model and the data sets that a configuration describes.
+    """Return the model, its head at the base rates, and the data sets of a configuration.
 
-    Args:
-        head, head_kwargs: as in `build_model`.
-        names: of the partitions to read, "train" among them.
-
-    Returns:
-        The model, its head at the base rates of the training part, and the parts: "train" with
-        augmentation, "plain" (the training part without), and the others.
-
-    Raises:
-        FileNotFoundError: a partition is missing; it says which notebook makes it.
+    The sets are "train" with augmentation, "plain" (the same photos without), and the other
+    `names`. A `head` with its `head_kwargs` takes the place of the configuration's.
     """
     parts, labels = load_parts(config.partition_dir, names)
+    if config.labels and config.labels != labels:
+        raise ValueError(f"{config.partition_dir}: other labels than the run's; restore them.")
+    head_kwargs = head_kwargs if head else config.head_kwargs
     rates = base_rate_logits(parts["train"][labels].to_numpy(float), config.loss == "ce")
     set_seed(config.seed)
-    model = build_model(
-        config.model_name,
-        len(labels),
-        head,
-        config.pretrained,
-        config.img_size,
-        rates,
-        drop_rate=config.drop_rate,
-        **config.model_kwargs,
-        **head_kwargs,
-    )
+    about = len(labels), head or config.head, config.pretrained, config.img_size, rates
+    options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
+    model = build_model(config.model_name, *about, **options)
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
-    augment = make_transforms(model, True, config.view, **crops)
     plain = make_transforms(model, False, config.view)
-    tables = parts | {"plain": parts["train"]}
+    transforms = {"train": make_transforms(model, True, config.view, **crops)}
+    tables = (parts | {"plain": parts["train"]}).items()
     return model, {
-        name: DataPartition(table, labels, augment if name == "train" else plain, config.cache_dir)
-        for name, table in tables.items()
+        name: DataPartition(table, labels, transforms.get(name, plain), config.cache_dir)
+        for name, table in tables
     }
 
 
@@ -2913,60 +2849,46 @@ HEAD_RATES = {"csra": 1e-2, "mldecoder": 1e-3}
 def start_from_probe(
     model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig, most: int = 4000
 ) -> float:
-    """Let the head of a model learn its labels on the frozen backbone, before fine-tuning.
+    """Let the head learn on the frozen backbone, before fine-tuning; return its validation mAP.
 
-    A linear head becomes a probe (`fit_probe`). CSRA and ML-Decoder are trained for 20 epochs on
-    feature maps, the best epoch chosen on validation.
-
-    Args:
-        parts: "plain" and "val" of `build_run`.
-        config: loss, batch size, seed and cache are taken from it.
-        most: photos whose maps a head learns from, drawn at random; they lie in memory.
-
-    Returns:
-        The validation mAP of the head.
+    A linear head becomes a probe. CSRA and ML-Decoder have 20 epochs on the feature maps of at
+    most `most` photos, which lie in memory. `parts` holds "plain" and "val".
     """
-    options = {"batch_size": config.batch_size, "num_workers": config.num_workers}
-    options |= {"pooled": model.spec["head"] == "linear", "cache_dir": config.cache_dir}
+    is_linear = model.spec["head"] == "linear"
+    options = config.batch_size, config.num_workers, is_linear, config.cache_dir
     train, val = copy.copy(parts["plain"]), parts["val"]
-    if not options["pooled"]:
+    if not is_linear:
         rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:most])
         train.paths, train.targets = [train.paths[i] for i in rows], train.targets[rows]
-    x, x_val = (extract_features(model, part, **options) for part in (train, val))
-    if options["pooled"]:
+    x, x_val = (extract_features(model, part, *options) for part in (train, val))
+    if is_linear:
         probe, _ = fit_probe(x, train.targets, train.groups, exclusive=config.loss == "ce")
         use_probe(model, probe)
-        with torch.inference_mode():
-            return mean_average_precision(val.targets, probe(x_val).numpy())
+        return mean_average_precision(val.targets, probe(x_val).detach().numpy())
     sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
-    taken = ("loss", "loss_kwargs", "class_weights", "seed", "precision")
-    own = {key: getattr(config, key) for key in taken}
-    rate = HEAD_RATES[model.spec["head"]]
-    short = TrainConfig(20, config.batch_size, rate, warmup_epochs=1, **own)
+    taken = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
+    own = {key: getattr(config, key) for key in taken} | {"epochs": 20, "warmup_epochs": 1}
+    short = TrainConfig(learning_rate=HEAD_RATES[model.spec["head"]], **own)
     with tempfile.TemporaryDirectory() as folder:
         return Trainer(model.get_classifier(), *sets, short, folder).fit()["val_mAP"].max()
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
-    """Return timm's schedule, one value an optimizer step, `updates` of them an epoch.
+    """Return timm's schedule, one value per optimizer step, `updates` of them per epoch.
 
-    After a linear warm-up: "cosine" to zero (Loshchilov & Hutter 2017, arXiv 1608.03983);
-    "warm-restarts", the same in three equal cycles; "step", a tenth after each third of the rest;
-    "flat-cosine", the last 28 % of the steps fall. "one-cycle" rises from 1/25 for 30 % of the
-    steps, then falls (the rates of Smith & Topin 2019, arXiv 1708.07120; no cycle of momentum).
+    "cosine": Loshchilov & Hutter 2017, arXiv 1608.03983; "warm-restarts": three such cycles;
+    "one-cycle": the rates of Smith & Topin 2019, arXiv 1708.07120; "flat-cosine": 28 % fall.
     """
     epochs, warmup = config.epochs, min(config.warmup_epochs, config.epochs - 1)
-    rest, top = epochs - warmup, config.learning_rate
+    rest, first = epochs - warmup, {"warmup_prefix": True}
     options = {"sched": "cosine", "num_epochs": epochs, "warmup_epochs": warmup, "warmup_lr": 0.0}
+    rise = {"warmup_epochs": 0.3 * epochs, "warmup_lr": config.learning_rate / 25}
     own: dict[str, dict[str, Any]] = {
         "cosine": {},
-        "one-cycle": {"num_epochs": 0.7 * epochs, "warmup_prefix": True}
-        | {"warmup_epochs": 0.3 * epochs, "warmup_lr": top / 25},
+        "one-cycle": first | rise | {"num_epochs": 0.7 * epochs},
         "flat-cosine": {"sched": "wsd", "decay_epochs": 0.28 * epochs / rest, "decay_fn": "cosine"},
-        "step": {"sched": "step", "decay_epochs": rest / 3, "decay_rate": 0.1}
-        | {"warmup_prefix": True},
-        "warm-restarts": {"num_epochs": rest / 3, "warmup_prefix": True}
-        | {"cycle_limit": 3, "cycle_decay": 1.0},
+        "step": first | {"sched": "step", "decay_epochs": rest / 3, "decay_rate": 0.1},
+        "warm-restarts": first | {"num_epochs": rest / 3, "cycle_limit": 3, "cycle_decay": 1.0},
     }
     per_step = {"step_on_epochs": False, "updates_per_epoch": updates}
     return create_scheduler_v2(optimizer, **(options | own[config.schedule]), **per_step)[0]
@@ -2974,15 +2896,14 @@ def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, update
 
 def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Return timm's parameter groups, those of the head apart: its learning rate is its own."""
-    head = _classifier(model)
+    head, decay = _classifier(model), config.weight_decay
     backbone = model.backbone if isinstance(model, _HeadedModel) else model
-    decay = config.weight_decay
-    exempt = {"no_weight_decay_list": getattr(backbone, "no_weight_decay", set)()}
-    if config.layer_decay is None:
-        groups = param_groups_weight_decay(backbone, decay, **exempt)
-    else:
-        layers = {"layer_decay": config.layer_decay, "no_opt_scale": config.frozen_below or None}
-        groups = param_groups_layer_decay(backbone, decay, **layers, **exempt)
+    options = {"no_weight_decay_list": getattr(backbone, "no_weight_decay", set)()}
+    make = param_groups_weight_decay
+    if config.layer_decay is not None:
+        make = param_groups_layer_decay
+        options |= {"layer_decay": config.layer_decay, "no_opt_scale": config.frozen_below or None}
+    groups = make(backbone, decay, **options)
     in_head = {id(parameter) for parameter in head.parameters()}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in in_head]
@@ -2992,21 +2913,13 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 class Trainer:
-    """Train a model on a training partition, keeping the weights of the best validation score.
+    """Train a model, keeping the weights of the best validation mAP (loss="ce": top-1 accuracy).
 
-    With loss="ce" the classes exclude each other: probabilities are a softmax, and the best epoch
-    is the one with the highest top-1 accuracy; else they are sigmoids, and it is the one with the
-    highest mAP. `prepare_loss`, `training_loss` and `validate` are what another task overrides.
-
-    `run_dir` receives config.json, history.csv (a row an epoch), best_model.pt and last/, the
-    complete resume point. Every epoch's random numbers follow from (seed, epoch), so a run that was
-    stopped and resumed ends like one that was not (on a GPU: but for the rounding of kernels that
-    add in any order). Works in one process, or in several with DistributedDataParallel under
-    `accelerate launch`; several machines need a `run_dir` that all of them see.
-
-    Args:
-        model: (B, 3, H, W) → logits (B, L).
-        train_set, val_set: partitions with the same labels in the same order.
+    `run_dir` receives config.json, history.csv, the best weights and last/, the resume point.
+    Random numbers follow from (seed, epoch): a run that was resumed ends like one that was not
+    stopped (on a GPU: but for the rounding of kernels that add in any order). Several processes
+    (`accelerate launch`) need a `run_dir` that all of them see. Another task overrides
+    `prepare_loss`, `training_loss` and `validate`.
     """
 
     def __init__(
@@ -3019,12 +2932,13 @@ class Trainer:
     ) -> None:
         if train_set.label_columns != val_set.label_columns:
             raise ValueError("training and validation partitions have different labels or order.")
-        self.config, self.run_dir, self.val_set = config, Path(run_dir), val_set
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        # accelerate keeps one global state a process; a notebook may train more than once.
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
+        self.run_dir, self.val_set, spec = Path(run_dir), val_set, getattr(model, "spec", {})
+        own = {key: spec[key] for key in ("head", "head_kwargs") if key in spec}
+        self.best_path = self.run_dir / "best_model.pt"
+        self.config = config = replace(config, labels=list(train_set.label_columns), **own)
         precision = fast_precision(model) if config.precision == "auto" else config.precision
+        AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
+        GradientState._reset_state()  # train more than once
         self.accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=config.grad_accum_steps,
@@ -3045,24 +2959,21 @@ class Trainer:
         if not (self.val_set.targets >= 0.5).any():
             raise ValueError("no label is present in the validation part: nothing to select by.")
         if config.loss == "ce":
-            for name, part in (("training", train_set), ("validation", self.val_set)):
-                _check_exclusive(part, name)
-        mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
-        soft = mixes or bool(((targets > 0) & (targets < 1)).any())
+            _check_exclusive(train_set, "training")
+            _check_exclusive(self.val_set, "validation")
+        alphas = config.mixup_alpha, config.cutmix_alpha
+        self.mixup = TriStateMixup(targets.shape[1], *alphas) if max(alphas) > 0 else None
+        soft = self.mixup is not None or bool(((targets > 0) & (targets < 1)).any())
         options = config.loss_kwargs | {"label_smoothing": config.label_smoothing}
         loss = MaskedLoss(config.loss, targets, config.class_weights, soft, **options)
         self.criterion = loss.to(self.accelerator.device)
-        alphas = config.mixup_alpha, config.cutmix_alpha
-        self.mixup = TriStateMixup(targets.shape[1], *alphas) if mixes else None
 
     def _prepare_model(self, model: nn.Module, train_set: DataPartition) -> None:
         """Set up model, moving average, optimizer, loader and the schedule over all steps."""
-        config, wanted = self.config, self.config.channels_last
+        config, wanted, decay = self.config, self.config.channels_last, self.config.ema_decay
         self.channels_last = gains_by_channels_last(model) if wanted is None else wanted
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        model = model.to(self.accelerator.device, memory_format=layout)
-        decay = config.ema_decay
-        self.plain = model  # without what accelerate wraps around it
+        self.layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.plain = model = model.to(self.accelerator.device, memory_format=self.layout)
         if config.grad_checkpointing:
             getattr(model, "backbone", model).set_grad_checkpointing()
         self.ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
@@ -3074,8 +2985,7 @@ class Trainer:
         self.generator = loader.generator
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         for name in ("forward", "_original_forward"):  # accelerate's autocast, which is called here
-            self.plain.__dict__.pop(name, None)  # anyway; they would tie the model to itself, so
-            # that its memory is not free when it is let go
+            model.__dict__.pop(name, None)  # anyway; tied to itself, a model is not freed at once
         self.steps_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
         self.scheduler = _make_schedule(self.optimizer, config, self.steps_per_epoch)
 
@@ -3088,38 +2998,11 @@ class Trainer:
         self.scheduler.step_update(self.step)
         return np.array(rates)
 
-    def seconds_per_epoch(self, steps: int = 3) -> float:
-        """Measure some training steps on this machine, after one to warm up, and leave no trace.
-
-        Returns:
-            Seconds an epoch of training takes, without its validation.
-        """
-        config, device = self.config, self.accelerator.device
-        buffers = [buffer.clone() for buffer in self.plain.buffers()]  # batch norm's statistics
-        loader = make_loader(
-            self.loader.dataset, config.batch_size, True, config.num_workers, config.seed
-        )
-        self._train_mode()
-        seconds, start = [], time.perf_counter()
-        for images, targets in itertools.islice(loader, steps + 1):
-            loss = self.training_loss(images.to(device), targets.to(device))
-            self.accelerator.backward(loss)
-            loss.item()  # waits for the device
-            seconds.append(time.perf_counter() - start)
-            start = time.perf_counter()
-        self.model.zero_grad()
-        for buffer, before in zip(self.plain.buffers(), buffers):
-            buffer.copy_(before)
-        return float(np.median(seconds[1:] or seconds)) * len(self.loader)
-
     def fit(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Train from the start and return the history; the model then holds the best weights.
 
-        A KeyboardInterrupt (the stop button) ends training early, keeps the best weights and sets
-        `stopped`, which a loop over trainings should ask.
-
-        Args:
-            after_epoch: called with each new row of the history; what it raises ends the training.
+        A KeyboardInterrupt (the stop button) ends training, keeps the best weights and sets
+        `stopped`. `after_epoch` is called with each new row; what it raises ends the training.
         """
         if self.history:
             raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
@@ -3130,30 +3013,16 @@ class Trainer:
         if self.config.start == "probe":
             row = {"epoch": 0, "step": 0, "learning_rate": 0.0, "train_loss": float("nan")}
             self._note(row | self.validate() | {"seconds": 0.0, "images_per_second": 0.0})
-            self._save_last()
         return self._run(after_epoch)
 
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
-        """Go on from last/ and return the whole history; `after_epoch` as in `fit`.
-
-        Raises:
-            FileNotFoundError: no complete resume point.
-            ValueError: the run was made with other settings.
-        """
+        """Go on from last/ and return the whole history; settings and data must be the same."""
         places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
         last = next((p for p in places if (p / "trainer.json").is_file()), None)
         if last is None:
             raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
-        saved, state = (
-            _read_state(p) for p in (self.run_dir / "config.json", last / "trainer.json")
-        )
-        saved = asdict(TrainConfig()) | saved  # options that are newer than the run
-        free = {"patience", "num_workers", "compile", "cache_dir", "flip_test"}
-        changed = [k for k, v in asdict(self.config).items() if saved.get(k) != v and k not in free]
-        if changed:
-            fix = "restore it to resume, or call fit() to start again"
-            raise ValueError(f"{self.run_dir} was trained with another {_some(changed)}; {fix}.")
-        self._check_same(state)
+        config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
+        self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
         self.accelerator.load_state(str(last))
         if self.ema is not None:
             weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
@@ -3162,93 +3031,73 @@ class Trainer:
         self.history = state["history"]
         return self._run(after_epoch)
 
-    def _check_same(self, state: dict[str, Any]) -> None:
-        """Refuse what would not go on as it began, e.g. another number of images or processes."""
-        now = self._circumstances()
-        before = now | state  # a resume point of before an entry existed is taken
-        fix = "resume as it was trained, or call fit() to start again"
-        for what in ("processes", "images"):
-            if now[what] != before[what]:
-                found = f"{before[what]} {what}, and now there are {now[what]}"
-                raise ValueError(f"{self.run_dir} was trained with {found}; {fix}.")
-        if now["labels"] != before["labels"]:
-            raise ValueError(f"{self.run_dir} was trained with other labels; {fix}.")
-        if (now["precision"] == "fp16") != (before["precision"] == "fp16"):
-            found = f"{before['precision']!r}, and precision is now {now['precision']!r}"
-            raise ValueError(f"{self.run_dir} was trained with {found}; {fix}.")
+    def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
+        start, fix = f"{self.run_dir} was trained with", "or call fit() to start again"
+        free = {"patience", "num_workers", "compile", "cache_dir", "flip_test", "labels"}
+        changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in free]
+        if changed:
+            raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {fix}.")
+        for what, now in self._circumstances().items():
+            before = state.get(what, now)
+            said = {"labels": "other labels"}
+            said["precision"] = f"{before!r}, and precision is now {now!r}"
+            # "bf16" and "no" may follow each other, on another machine
+            if before != now and (what != "precision" or "fp16" in (before, now)):
+                found = said.get(what, f"{before} {what}, and now there are {now}")
+                raise ValueError(f"{start} {found}; resume as it was trained, {fix}.")
 
     def _circumstances(self) -> dict[str, Any]:
         """Return what the machine and the data, and not the configuration, decide."""
-        accelerator = self.accelerator
+        accelerator, images = self.accelerator, len(self.loader.dataset)
         found = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-        labels = self.val_set.label_columns
-        return {**found, "images": len(self.loader.dataset), "labels": labels}
+        return found | {"images": images, "labels": self.val_set.label_columns}
 
-    def predict(
-        self, dataset: DataPartition, weights: str = "current", flip: bool = False
-    ) -> np.ndarray:
-        """Return probabilities (N, L) in the order of `dataset`.
-
-        Args:
-            dataset: its transform should be the one for evaluation.
-            weights: "current", or "ema" for the moving average.
-            flip: look at every image and its mirror image; the mean of their logits counts.
-        """
+    def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
+        """Return probabilities (N, L); weights="ema" is the moving average, flip as in `_look`."""
         logits = self._predict_logits(dataset, weights, flip)
         return _to_probs(logits, self.config.loss == "ce")
 
-    def _predict_logits(
-        self, dataset: DataPartition, weights: str, flip: bool = False
-    ) -> torch.Tensor:
-        model = self.ema.module if weights == "ema" else self.model
+    def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
+        model, accelerator = self.ema.module if weights == "ema" else self.model, self.accelerator
         model.eval()
-        if weights == "ema" and self.accelerator.num_processes > 1:  # each has its own batch norm
+        ranks = accelerator.num_processes, accelerator.process_index
+        if weights == "ema" and accelerator.num_processes > 1:  # each has its own batch norm
             for buffer in model.buffers():
                 buffer.copy_(broadcast(buffer))
         loader = make_loader(dataset, self.config.batch_size, num_workers=self.config.num_workers)
-        accelerator = self.accelerator
-        processes = accelerator.num_processes, accelerator.process_index
+        # accelerator.prepare would keep this loader as long as the trainer
         options = {"put_on_device": True, "non_blocking": True}
-        loader = prepare_data_loader(loader, accelerator.device, *processes, **options)
-        if not len(dataset):
-            return torch.empty(0, len(dataset.label_columns))
-        logits = []
+        loader = prepare_data_loader(loader, accelerator.device, *ranks, **options)
+        logits = [torch.empty(0, len(dataset.label_columns), device=accelerator.device)]
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
-                found = _look(model, self._arrange(images), flip)
-                logits.append(accelerator.gather_for_metrics(found))
-        return torch.cat(logits).float()
-
-    def _arrange(self, images: torch.Tensor) -> torch.Tensor:
-        if self.channels_last:
-            return images.contiguous(memory_format=torch.channels_last)
-        return images
+                found = _look(model, images.contiguous(memory_format=self.layout), flip)
+                logits.append(accelerator.gather_for_metrics(found).float())
+        return torch.cat(logits)
 
     def _run(self, after_epoch: Callable[[dict[str, float]], None] | None) -> pd.DataFrame:
         """Train the remaining epochs."""
-        self.accelerator.gradient_accumulation_steps = self.config.grad_accum_steps
-        config, main = self.config, self.accelerator.is_main_process
-        total = config.epochs * len(self.loader)
-        done = self.epoch * len(self.loader)
-        hidden = {} if main else {"disable": True}  # leaves TQDM_DISABLE to the user
-        bar = tqdm(total=total, initial=done, desc="training", leave=False, delay=2, **hidden)
+        config, n_batches = self.config, len(self.loader)
+        self.accelerator.gradient_accumulation_steps = config.grad_accum_steps
+        options = {} if self.accelerator.is_main_process else {"disable": True}  # or TQDM_DISABLE
+        options |= {"total": config.epochs * n_batches, "initial": self.epoch * n_batches}
         try:
-            with bar:
+            with tqdm(desc="training", leave=False, delay=2, **options) as bar:
                 while self.epoch < config.epochs and self._waited() < config.patience:
                     self._run_epoch(bar)
                     if after_epoch is not None:
                         after_epoch(dict(self.history[-1]))
         except KeyboardInterrupt:
             self.stopped = True
-            kept = f"{self.run_dir} keeps finished epochs, Trainer.resume() goes on from there."
-            kept = kept if self.history else "nothing is kept."
-            print(f"Stopped in epoch {self.epoch + 1};", kept)
+            kept = f"{self.run_dir} keeps finished epochs, Trainer.resume() goes on from there"
+            kept = kept if self.history else "nothing is kept"
+            print(f"Stopped in epoch {self.epoch + 1}; {kept}.")
             if self.accelerator.num_processes > 1:  # the others may be anywhere: none waits
                 raise
         self.accelerator.wait_for_everyone()
-        best = self.run_dir / "best_model.pt"
-        if self.history and best.is_file():
-            self.plain.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
+        if self.history and self.best_path.is_file():
+            weights = torch.load(self.best_path, map_location="cpu", weights_only=True)
+            self.plain.load_state_dict(weights)
         return pd.DataFrame(self.history)
 
     def _score(self, row: dict[str, float]) -> float:
@@ -3268,27 +3117,23 @@ class Trainer:
         self.epoch += 1
         rate = max(g["lr"] / g.get("lr_scale", 1.0) for g in self.optimizer.param_groups)
         row = {"epoch": self.epoch, "step": self.step, "learning_rate": rate}
-        row |= {"train_loss": train_loss, **scores}
-        row |= {"seconds": seconds, "images_per_second": len(self.loader.dataset) / seconds}
-        self._note(row)
-        self._save_last()
-        shown = {"epoch": self.epoch, "loss": f"{train_loss:.3f}"}
-        shown |= {self.metric: f"{row[self.metric]:.3f}"}
-        bar.set_postfix(shown, refresh=False)  # short trainings need no bar
+        row |= {"train_loss": train_loss, **scores, "seconds": seconds}
+        self._note(row | {"images_per_second": len(self.loader.dataset) / seconds})
+        shown = {name: f"{row[name]:.3f}" for name in ("train_loss", self.metric)}
+        bar.set_postfix({"epoch": self.epoch} | shown, refresh=False)  # short ones need no bar
 
     def _note(self, row: dict[str, Any]) -> None:
-        """Add a row to the history, and keep the weights if they are the best so far."""
+        """Add a row to the history, keep the weights if they are the best so far, write last/."""
         if self._score(row) > self.best:
-            self._save_best(row.get("weights", "current"))
             self.best = self._score(row)
+            if self.accelerator.is_main_process:
+                model = self.ema.module if row.get("weights") == "ema" else self.plain
+                _save_weights(model, self.best_path)
         self.history.append(row)
+        self._save_last()
 
     def validate(self) -> dict[str, Any]:
-        """Return the validation scores of an epoch: `metric` and whatever else history shall hold.
-
-        Here val_loss and val_mAP; with loss="ce" val_top1 and val_top5 as well. With a moving
-        average, the scores are those of the better weights, and `weights` says which these are.
-        """
+        """Return `metric` and whatever else history shall hold; of the better weights with EMA."""
         if self.ema is None:
             return self._validate("current")
         found = [self._validate(weights) | {"weights": weights} for weights in ("ema", "current")]
@@ -3297,11 +3142,10 @@ class Trainer:
     def _validate(self, weights: str) -> dict[str, float]:
         logits = self._predict_logits(self.val_set, weights)
         targets = torch.tensor(self.val_set.targets, device=logits.device)
-        exclusive = self.config.loss == "ce"
-        probs = _to_probs(logits, exclusive)
+        probs = _to_probs(logits, self.config.loss == "ce")
         scores = {"val_loss": self.criterion(logits, targets).item()}
         scores |= {"val_mAP": mean_average_precision(self.val_set.targets, probs)}
-        if exclusive:
+        if self.config.loss == "ce":
             judged = ~targets.isnan().any(1)
             shares = accuracy(logits[judged], targets[judged].argmax(1), topk=(1, 5))
             scores |= {f"val_top{k}": share.item() / 100 for k, share in zip((1, 5), shares)}
@@ -3313,55 +3157,43 @@ class Trainer:
         if self.mixup is not None and pairs:
             images[:pairs], targets[:pairs] = self.mixup(images[:pairs], targets[:pairs])
         with self.accelerator.autocast():
-            logits = self.model(self._arrange(images))
+            logits = self.model(images.contiguous(memory_format=self.layout))
         return self.criterion(logits, targets)
 
     def _train_epoch(self, bar: tqdm) -> float:
         """Return the mean loss of one epoch."""
-        set_seed(self.config.seed + 7919 * (self.epoch + 1), device_specific=True)
-        self.generator.manual_seed(self.config.seed + 7919 * (self.epoch + 1))
-        self._train_mode()
+        accelerator, seed = self.accelerator, self.config.seed + 7919 * (self.epoch + 1)
+        set_seed(seed, device_specific=True)
+        self.generator.manual_seed(seed)
+        self.model.train()
+        if self.config.batch_norm == "frozen":
+            for module in self.plain.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         self.model.zero_grad()  # of a batch that an interrupt broke off
-        if self.accelerator.scaler is not None:  # fp16: that batch may be half unscaled
-            self.accelerator.scaler._per_optimizer_states.clear()
-        sums = torch.zeros(2, device=self.accelerator.device)  # of losses, of images
+        if accelerator.scaler is not None:  # fp16: that batch may be half unscaled
+            accelerator.scaler._per_optimizer_states.clear()
+        sums = torch.zeros(2, device=accelerator.device)  # of losses, of images
         for images, targets in self.loader:
-            with self.accelerator.accumulate(self.model):
+            with accelerator.accumulate(self.model):
                 loss = self.training_loss(images, targets)
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and self.config.clip_grad:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and self.config.clip_grad:
+                    accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            if self.accelerator.sync_gradients:
-                self._after_step()
-            sums[0] += loss.detach() * len(images)
-            sums[1] += len(images)
+            if accelerator.sync_gradients:
+                self.step += 1
+                self.scheduler.step_update(self.step)
+                if self.ema is not None:
+                    self.ema.update(self.plain, self.step)
+            sums += torch.stack([loss.detach() * len(images), loss.new_tensor(len(images))])
             bar.update()
-        total, n_images = self.accelerator.reduce(sums).tolist()  # of all processes
-        mean = total / n_images  # looked at once an epoch: each look waits for the GPU
-        if not np.isfinite(mean):
-            problem = f"the loss became {mean} in epoch {self.epoch + 1}"
+        total, n_images = accelerator.reduce(sums).tolist()  # of all processes
+        if not np.isfinite(total):  # looked at once an epoch: each look waits for the GPU
+            problem = f"the loss became {total / n_images} in epoch {self.epoch + 1}"
             raise FloatingPointError(f"{problem}; lower learning_rate.")
-        return mean
-
-    def _train_mode(self) -> None:
-        self.model.train()
-        norms = nn.modules.batchnorm._BatchNorm
-        if self.config.batch_norm == "frozen":
-            for module in filter(lambda m: isinstance(m, norms), self.plain.modules()):
-                module.eval()
-
-    def _after_step(self) -> None:
-        self.step += 1
-        self.scheduler.step_update(self.step)
-        if self.ema is not None:
-            self.ema.update(self.plain, self.step)
-
-    def _save_best(self, weights: str) -> None:
-        if self.accelerator.is_main_process:
-            model = self.ema.module if weights == "ema" else self.plain
-            _save_weights(model, self.run_dir / "best_model.pt")
+        return total / n_images
 
     def _save_last(self) -> None:
         """Write last/ under another name, its trainer.json last, then rename it."""
@@ -3374,9 +3206,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 torch.save(self.ema.module.state_dict(), temporary / "ema.pt")
-            state = {"epoch": self.epoch, "step": self.step, "best": self.best}
-            state |= {**self._circumstances(), "history": self.history}
-            _write_json(temporary / "trainer.json", state)
+            state = {name: getattr(self, name) for name in ("epoch", "step", "best", "history")}
+            _write_json(temporary / "trainer.json", state | self._circumstances())
             _remove_resume_point(last)
             os.replace(temporary, last)
             with replacing(self.run_dir / "history.csv") as path:
@@ -4143,4 +3974,33 @@ def plot_history(history: pd.DataFrame) -> plt.Figure:
     right.axvline(best["epoch"], ls=":", color="grey")
     right.set_title(f"best: {best[score]:.3f} in epoch {best['epoch']:.0f}")
     left.set(ylabel="loss", title="loss")
+    return figure
+
+
+def show_predictions(
+    images: Sequence[Any],
+    targets: np.ndarray,
+    probs: np.ndarray,
+    thresholds: Sequence[float],
+    labels: Sequence[str],
+    columns: int = 3,
+    width: float = 3.0,
+) -> plt.Figure:
+    """Draw images (paths, PIL or arrays); below each what is right, missed and wrongly reported.
+
+    `targets` and `probs` are (N, L); of unknown cells nothing is said.
+    """
+    figure = show_images(images, columns=columns, width=width)
+    reported, names = probs >= np.asarray(thresholds), np.array(labels, dtype=object)
+    kinds = {"right": ("tab:green", (targets >= 0.5) & reported)}
+    kinds |= {"missed": ("chocolate", (targets >= 0.5) & ~reported)}
+    kinds |= {"wrong": ("tab:red", (targets < 0.5) & reported)}
+    for i, axis in enumerate(figure.axes[: len(images)]):
+        below = 3  # points
+        for word, (color, cells) in kinds.items():
+            if cells[i].any():
+                text = textwrap.fill(f"{word}: {', '.join(names[cells[i]])}", round(15 * width))
+                place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+                axis.annotate(text, (0, 0), (0, -below), color=color, fontsize=8, **place)
+                below += 11 * (text.count("\n") + 1)
     return figure

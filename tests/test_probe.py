@@ -1,7 +1,9 @@
 """The first step: a head that starts small, the probe, and what fine-tuning makes of it."""
 
+import dataclasses
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -339,12 +341,14 @@ def test_layers_far_from_the_head_are_not_trained(survey, tmp_path):
         du.TrainConfig(frozen_below=1)
 
 
-def test_measuring_the_time_leaves_no_trace(survey, tmp_path):
+def test_measuring_the_time_leaves_no_trace(survey, tmp_path, notebook_functions):
+    nb = notebook_functions("training")
+
     def run(folder, measure):
         config = settings(survey, mixup_alpha=0.2)
         model, sets = du.build_run(config)
         trainer = du.Trainer(model, sets["train"], sets["val"], config, tmp_path / folder)
-        seconds = trainer.seconds_per_epoch() if measure else 1.0
+        seconds = nb.seconds_per_epoch(trainer) if measure else 1.0
         assert seconds > 0
         return trainer.fit().drop(columns=["seconds", "images_per_second"])
 
@@ -507,6 +511,8 @@ def test_changes_win_over_the_recipe_and_none_leaves_it():
     assert config.learning_rate == du.TrainConfig.recipe(True, 100).learning_rate
     with pytest.raises(ValueError, match="no option lerning_rate; expected some of epochs, batch"):
         du.TrainConfig.recipe(True, 100, lerning_rate=1)
+    with pytest.raises(ValueError, match=r"did you mean learning_rate\?"):
+        du.TrainConfig.recipe(True, 100, LERNING_RATE=1)
 
 
 def test_config_comes_back_from_its_file(survey, tmp_path):
@@ -520,6 +526,44 @@ def test_config_comes_back_from_its_file(survey, tmp_path):
     assert again.spec == du.build_run(config)[0].spec
     changed = du.TrainConfig.read(tmp_path / "run" / "config.json", epochs=5)
     assert changed.epochs == 5
+    with pytest.raises(ValueError, match=r"^no option epoch; .*; did you mean epochs\?"):
+        du.TrainConfig.read(tmp_path / "run" / "config.json", epoch=5)
+
+
+def test_run_folder_says_which_head_and_labels_it_has(survey, tmp_path):
+    model, sets = du.build_run(settings(survey, epochs=1), "csra", lam=0.7)
+    du.Trainer(model, sets["train"], sets["val"], settings(survey, epochs=1), tmp_path).fit()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["head"], saved["head_kwargs"]) == ("csra", {"lam": 0.7})
+    assert saved["labels"] == ["red", "green"]
+    found = du.TrainConfig.read(tmp_path / "config.json")
+    again, _ = du.build_run(found)
+    assert again.spec == model.spec
+    assert du.build_run(found, "linear")[0].spec["head_kwargs"] == {}
+    with pytest.raises(ValueError, match="other labels than the run's"):
+        du.build_run(du.TrainConfig.read(tmp_path / "config.json", labels=["green", "red"]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("compile", "yes", "compile='yes': expected True or False"),
+        ("model_kwargs", None, "model_kwargs=None: expected a dict"),
+        ("img_width", -1, "img_width=-1: expected 0 or more"),
+        ("batch_size", True, "batch_size=True: expected a whole number from 1"),
+        ("cache_dir", 3, "cache_dir=3: expected a text or None"),
+        ("precision", "half", "precision='half': expected 'auto' or 'no'"),
+        ("view", "left", "view='left': expected 'half' or 'panorama'"),
+    ],
+)
+def test_every_field_is_checked_by_its_kind_and_range(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        du.TrainConfig(**{field: value})
+
+
+def test_every_setting_has_a_line_of_explanation():
+    for option in dataclasses.fields(du.TrainConfig):
+        assert 8 < len(option.metadata["help"]) < 60, option.name
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"epochs": 0}', '{"colour": "red"}'])
@@ -541,3 +585,16 @@ def test_run_reads_only_the_parts_that_it_is_asked_for(survey):
     names = [type(step).__name__ for step in sets["plain"].transform.transforms]
     assert "RandomSqueezedCrop" not in names
     assert "RandomSqueezedCrop" in [type(s).__name__ for s in sets["train"].transform.transforms]
+
+
+# ---------------------------------------------------------------- photos with their labels
+
+
+def test_predictions_are_marked_right_missed_and_wrong():
+    photos = [np.zeros((8, 8, 3), np.uint8)] * 2
+    targets = np.array([[1, 1, 0, NAN], [0, 0, 0, 0]])
+    probs = np.array([[0.9, 0.1, 0.8, 0.9], [0.1, 0.1, 0.1, 0.1]])
+    figure = du.show_predictions(photos, targets, probs, [0.5] * 4, list("abcd"))
+    texts = [[text.get_text() for text in axis.texts] for axis in figure.axes[:2]]
+    assert texts == [["right: a", "missed: b", "wrong: c"], []]  # of d nobody knows
+    plt.close(figure)

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from torch import nn
 from torchvision.transforms import v2
@@ -25,6 +26,7 @@ import data_utils as du
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")
 LABELS = ["red", "green", "blue"]
+BEST = getattr(du, "WEIGHTS", "best_model.pt")
 
 # ---------------------------------------------------------------- losses
 
@@ -311,6 +313,8 @@ def weights_of(path_or_trainer):
     if isinstance(path_or_trainer, du.Trainer):
         model = path_or_trainer.accelerator.unwrap_model(path_or_trainer.model)
         return {k: v.clone() for k, v in model.state_dict().items()}
+    if path_or_trainer.suffix == ".safetensors":
+        return load_file(path_or_trainer)
     return torch.load(path_or_trainer, weights_only=True)
 
 
@@ -435,7 +439,7 @@ def test_best_model_is_the_best_epoch_and_not_the_last(spoilt):
     run, history, run_dir, _, per_epoch = spoilt
     assert history["val_mAP"].iloc[-1] < history["val_mAP"].max() - 0.1  # it did get worse
     best = int(history["val_mAP"].idxmax())
-    saved = weights_of(run_dir / "best_model.pt")
+    saved = weights_of(run_dir / BEST)
     assert_same_weights(saved, per_epoch[best])  # what the validation of that epoch saw
     model = ChannelNet()
     model.load_state_dict(saved)
@@ -445,7 +449,7 @@ def test_best_model_is_the_best_epoch_and_not_the_last(spoilt):
 
 def test_model_holds_the_best_weights_after_training(spoilt):
     run, _, run_dir, _, _ = spoilt
-    assert_same_weights(weights_of(run), weights_of(run_dir / "best_model.pt"))
+    assert_same_weights(weights_of(run), weights_of(run_dir / BEST))
 
 
 def test_training_ends_after_exactly_patience_epochs_without_a_better_score(spoilt):
@@ -471,7 +475,7 @@ def test_validation_loss_is_that_of_the_known_cells(tables, sets, tmp_path):
     val = du.DataPartition(table, LABELS, ToUnit(False))
     history = trainer((sets[0], val), tmp_path, epochs=1).fit()
     model = ChannelNet()
-    model.load_state_dict(weights_of(tmp_path / "best_model.pt"))
+    model.load_state_dict(weights_of(tmp_path / BEST))
     probs, known = probabilities(model, val).astype(float), ~np.isnan(val.targets)
     cross_entropy = -np.log(np.where(val.targets > 0.5, probs, 1 - probs))[known].mean()
     assert history["val_loss"].iloc[0] == pytest.approx(cross_entropy, rel=1e-4)
@@ -601,7 +605,7 @@ def test_ema_weights_are_the_average_by_hand(sets, tmp_path):
 def test_ema_weights_are_the_ones_validated_and_saved(sets, tmp_path):
     run = trainer(sets, tmp_path, epochs=1, ema_decay=0.6, learning_rate=0.05, warmup_epochs=0)
     history = run.fit()
-    assert_same_weights(weights_of(tmp_path / "best_model.pt"), run.ema.module.state_dict())
+    assert_same_weights(weights_of(tmp_path / BEST), run.ema.module.state_dict())
     score = mean_ap(sets[1].targets, probabilities(run.ema.module, sets[1]))
     assert history["val_mAP"].iloc[0] == pytest.approx(score, abs=1e-9)
 
@@ -665,7 +669,7 @@ EVERYTHING = {
 
 
 def assert_same_run(run_dir, whole_dir):
-    for name in ("best_model.pt", "last/ema.pt"):
+    for name in (BEST, "last/ema.pt"):
         assert_same_weights(weights_of(run_dir / name), weights_of(whole_dir / name))
     last = [next((d / "last").glob("model*.safetensors")) for d in (run_dir, whole_dir)]
     assert last[0].read_bytes() == last[1].read_bytes()  # bit-equal, not nearly
@@ -753,7 +757,7 @@ run.fit()
     run_dir = tmp_path / "run"
     done = launch(tmp_path, tables, body, dir=str(run_dir), check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    ChannelNet().load_state_dict(weights_of(run_dir / "best_model.pt"))
+    ChannelNet().load_state_dict(weights_of(run_dir / BEST))
     assert len(pd.read_csv(run_dir / "history.csv")) == 2
     trainer(sets, run_dir, ChannelNet(0.2, seed=9), **EVERYTHING).resume()
     assert_same_run(run_dir, whole[0])
@@ -764,7 +768,7 @@ def test_interrupt_keeps_the_best_and_says_how_to_go_on(sets, tmp_path, capsys):
     interrupt_at(run.model, 8)
     history = run.fit()
     assert history["epoch"].tolist() == [1, 2]
-    assert_same_weights(weights_of(run), weights_of(tmp_path / "best_model.pt"))
+    assert_same_weights(weights_of(run), weights_of(tmp_path / BEST))
     message = capsys.readouterr().out
     assert "epoch 3" in message
     assert "resume()" in message
@@ -821,14 +825,14 @@ def test_interrupt_before_the_first_epoch_ended_leaves_nothing_to_resume(sets, t
     run = trainer(sets, tmp_path)
     interrupt_at(run.model, 2)
     assert len(run.fit()) == 0
-    assert not (tmp_path / "best_model.pt").exists()
+    assert not (tmp_path / BEST).exists()
     with pytest.raises(FileNotFoundError, match=r"no finished epoch to resume; call fit\(\)"):
         trainer(sets, tmp_path).resume()
 
 
 def test_resuming_a_finished_run_returns_its_history_and_best_weights(sets, tmp_path):
     history = trainer(sets, tmp_path).fit()
-    before = weights_of(tmp_path / "best_model.pt")
+    before = weights_of(tmp_path / BEST)
     run = trainer(sets, tmp_path, ChannelNet(seed=3))
     assert_same_history(run.resume(), history)
     assert_same_weights(weights_of(run), before)
@@ -921,7 +925,7 @@ def test_precision_is_what_was_asked_for(sets, tmp_path, precision):
     history = run.fit()
     assert kinds == {{"no": torch.float32, "bf16": torch.bfloat16}.get(wanted, torch.float16)}
     assert np.isfinite(history[["train_loss", "val_loss"]]).all(axis=None)
-    assert all(v.dtype == torch.float32 for v in weights_of(tmp_path / "best_model.pt").values())
+    assert all(v.dtype == torch.float32 for v in weights_of(tmp_path / BEST).values())
 
 
 @pytest.mark.parametrize(("units", "wanted"), [(["avx512_bf16"], "bf16"), (["avx2"], "no")])
@@ -1050,7 +1054,7 @@ def test_channels_last_reaches_convolutional_backbones_only(
     model.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     run.fit()
     assert {x.is_contiguous(memory_format=torch.channels_last) for x in inputs} == {expected}
-    saved = weights_of(tmp_path / "best_model.pt")
+    saved = weights_of(tmp_path / BEST)
     assert all(weight.is_contiguous() for weight in saved.values())  # the same file either way
 
 
@@ -1065,7 +1069,7 @@ def test_compiled_model_trains_and_saves_plain_weights(tables, tmp_path):
         run = trainer(sets, tmp_path / str(switch), compile=switch, epochs=2)
         history = run.fit()
         runs[switch] = history
-        ChannelNet().load_state_dict(weights_of(tmp_path / str(switch) / "best_model.pt"))
+        ChannelNet().load_state_dict(weights_of(tmp_path / str(switch) / BEST))
     assert runs[True]["train_loss"].tolist() == pytest.approx(
         runs[False]["train_loss"].tolist(), rel=1e-4
     )
@@ -1091,7 +1095,7 @@ os._exit(0)  # threads of torch may abort while the interpreter is taken down
     cpu = {"ACCELERATE_USE_CPU": "true"}  # what `accelerate launch --cpu` sets
     launch(tmp_path, tables, body, launcher, env=cpu, dir=str(run_dir))
     model = ChannelNet()
-    model.load_state_dict(weights_of(run_dir / "best_model.pt"))
+    model.load_state_dict(weights_of(run_dir / BEST))
     val = du.DataPartition(tables[1], LABELS, ToUnit(False))
     expected = probabilities(model, val)
     for rank in (0, 1):

@@ -21,11 +21,11 @@ from PIL import Image
 import data_utils as du
 
 SPACE = {
-    "LEARNING_RATE": {"low": 1e-4, "high": 1e-2, "log": True},
-    "BATCH_SIZE": {"choices": [8, 16, 32]},
+    "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+    "batch_size": {"choices": [8, 16, 32]},
 }
-DEFAULT = {"HEAD": "linear", "LEARNING_RATE": 1e-3, "WEIGHT_DECAY": 0.1, "LAYER_DECAY": None}
-DEFAULT |= {"BATCH_SIZE": 4, "RAND_AUGMENT": None, "LOSS": "bce"}
+DEFAULT = {"head": "linear", "learning_rate": 1e-3, "weight_decay": 0.1, "layer_decay": None}
+DEFAULT |= {"batch_size": 4, "rand_augment": None, "loss": "bce"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def about(space=SPACE, **settings):
 
 def draw(trial, nb):
     values = {name: nb.suggest(trial, name, space) for name, space in SPACE.items()}
-    return -abs(np.log(values["LEARNING_RATE"] / 1e-3)) - values["BATCH_SIZE"] / 100
+    return -abs(np.log(values["learning_rate"] / 1e-3)) - values["batch_size"] / 100
 
 
 def params_of(study):
@@ -58,7 +58,7 @@ def test_study_is_reproducible_resumes_and_does_not_repeat_itself(nb, tmp_path):
         found[name] = params_of(study)
     assert len(found["one"]) == 8
     assert found["one"] == found["other"]
-    rates = [values["LEARNING_RATE"] for values in found["one"]]
+    rates = [values["learning_rate"] for values in found["one"]]
     assert len(set(rates)) == 8
     another = nb.open_study(tmp_path / "third", "s", about(), 42 + 1000)
     another.optimize(lambda trial: draw(trial, nb), n_trials=4)
@@ -69,18 +69,18 @@ def test_study_is_reproducible_resumes_and_does_not_repeat_itself(nb, tmp_path):
     ("change", "named"),
     [
         (
-            about({"BATCH_SIZE": SPACE["BATCH_SIZE"]}),
-            r"another search space \(\['LEARNING_RATE'\]\)",
+            about({"batch_size": SPACE["batch_size"]}),
+            r"another search space \(\['learning_rate'\]\)",
         ),
         (
-            about(SPACE | {"BATCH_SIZE": {"choices": [8, 16]}}),
-            r"another search space \(\['BATCH_SIZE'\]\)",
+            about(SPACE | {"batch_size": {"choices": [8, 16]}}),
+            r"another search space \(\['batch_size'\]\)",
         ),
         (about(TRIAL_EPOCHS=3), r"another settings \(\['TRIAL_EPOCHS'\]\)"),
         (about(more=1), r"another settings \(\['more'\]\)"),
         (  # equal numbers, but optuna tells whole from other ones
-            about(SPACE | {"BATCH_SIZE": {"choices": [8.0, 16, 32]}}),
-            r"another search space \(\['BATCH_SIZE'\]\)",
+            about(SPACE | {"batch_size": {"choices": [8.0, 16, 32]}}),
+            r"another search space \(\['batch_size'\]\)",
         ),
     ],
 )
@@ -110,16 +110,16 @@ def test_settings_that_json_does_not_know_are_stored_as_text(nb, tmp_path):
 @pytest.mark.parametrize(
     ("name", "space", "default", "message"),
     [
-        ("LOSS", {"choices": ["asl"]}, "bce", "leaves out the default, LOSS = 'bce'; let the"),
-        ("LOSS", {"choices": "bce"}, "bce", "leaves out the default"),
-        ("LOSS", ["bce"], "bce", "expected choices, or low and high"),
-        ("WEIGHT_DECAY", {"low": 0.1, "high": 0.01}, 0.05, "low must be below high"),
-        ("WEIGHT_DECAY", {"low": 0, "high": 1, "log": True}, 0.05, "low must be below high"),
-        ("WEIGHT_DECAY", {"low": 0.1}, 0.05, "see above"),
-        ("WEIGHT_DECAY", {"low": 0.1, "high": 1, "lgo": True}, 0.2, "see above"),
-        ("WEIGHT_DECAY", {"low": "a", "high": 1}, 0.2, "numbers, please"),
-        ("BATCH_SIZE", {"low": 8.0, "high": 32}, 16, "numbers, please"),
-        ("BATCH_SIZE", {"choices": None, "low": 8, "high": 32}, 16, "choices stand alone"),
+        ("loss", {"choices": ["asl"]}, "bce", "leaves out the default, loss = 'bce'; let the"),
+        ("loss", {"choices": "bce"}, "bce", "leaves out the default"),
+        ("loss", ["bce"], "bce", "expected choices, or low and high"),
+        ("weight_decay", {"low": 0.1, "high": 0.01}, 0.05, "low must be below high"),
+        ("weight_decay", {"low": 0, "high": 1, "log": True}, 0.05, "low must be below high"),
+        ("weight_decay", {"low": 0.1}, 0.05, "see above"),
+        ("weight_decay", {"low": 0.1, "high": 1, "lgo": True}, 0.2, "see above"),
+        ("weight_decay", {"low": "a", "high": 1}, 0.2, "numbers, please"),
+        ("batch_size", {"low": 8.0, "high": 32}, 16, "numbers, please"),
+        ("batch_size", {"choices": None, "low": 8, "high": 32}, 16, "choices stand alone"),
     ],
 )
 def test_mistakes_in_the_search_space_stop_before_the_search(nb, name, space, default, message):
@@ -129,10 +129,10 @@ def test_mistakes_in_the_search_space_stop_before_the_search(nb, name, space, de
 
 def test_whole_bounds_of_a_rate_still_give_rates_between_them(nb):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    study.enqueue_trial({"WEIGHT_DECAY": 0.05})
+    study.enqueue_trial({"weight_decay": 0.05})
     space = {"low": 0, "high": 1}
-    nb.check_space("WEIGHT_DECAY", space, 0.05)
-    found = [nb.suggest(study.ask(), "WEIGHT_DECAY", space) for _ in range(5)]
+    nb.check_space("weight_decay", space, 0.05)
+    found = [nb.suggest(study.ask(), "weight_decay", space) for _ in range(5)]
     assert found[0] == 0.05
     assert not {*found} & {0, 1}
 
@@ -141,8 +141,7 @@ def test_search_spaces_that_hold_the_default_are_taken(nb):
     for pretrained in (False, True):
         recipe = du.TrainConfig.recipe(pretrained, 300)
         for name, space in nb.SEARCH_SPACE.items():
-            value = nb.HEAD if name == "HEAD" else getattr(recipe, name.lower())
-            nb.check_space(name, space, value)
+            nb.check_space(name, space, getattr(recipe, name))
 
 
 def test_processes_share_a_study(nb, tmp_path):
@@ -172,7 +171,7 @@ study.optimize(objective, None, callbacks=[enough])
     assert 10 <= len(trials) <= 11  # the last two may end together
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     assert {trial.user_attrs["worker"] for trial in trials} == {0, 1}
-    rates = [trial.params["LEARNING_RATE"] for trial in trials]
+    rates = [trial.params["learning_rate"] for trial in trials]
     assert len(set(rates)) == len(trials)
 
 
@@ -213,7 +212,7 @@ study.optimize(lambda trial: print("begun", flush=True) or time.sleep(600), n_tr
         ("x", {"choices": [None, 0.9]}, (type(None), float), lambda v: v in (None, 0.9)),
         ("x", {"low": 1e-4, "high": 1e-2, "log": True}, float, lambda v: 1e-4 <= v <= 1e-2),
         ("x", {"low": 0.5, "high": 1}, float, lambda v: 0.5 <= v <= 1),
-        ("BATCH_SIZE", {"low": 2, "high": 5}, int, lambda v: 2 <= v <= 5),
+        ("batch_size", {"low": 2, "high": 5}, int, lambda v: 2 <= v <= 5),
     ],
 )
 def test_values_are_drawn_from_their_space(nb, name, space, kind, is_inside):
@@ -296,7 +295,7 @@ class FakeTrainer:
 
 @pytest.fixture
 def trial_nb(nb, monkeypatch):
-    values = {"default": DEFAULT, "SEARCH_SPACE": SPACE, "TRIAL_EPOCHS": 3, "seen": []}
+    values = {"SEARCH_SPACE": SPACE, "TRIAL_EPOCHS": 3, "seen": []}
     for name, value in values.items():
         monkeypatch.setattr(nb, name, value, raising=False)
 
@@ -314,7 +313,7 @@ def test_trial_reports_every_epoch_and_returns_its_best(trial_nb):
     trial = study.trials[0]
     assert trial.intermediate_values == {1: 0.2, 2: 0.6, 3: 0.4}
     assert trial.value == 0.6
-    assert trial_nb.seen == [DEFAULT | trial.params]
+    assert trial_nb.seen == [trial.params]
 
 
 def test_pruner_ends_a_trial_between_epochs(trial_nb):
@@ -352,19 +351,20 @@ def real_nb(nb, monkeypatch, tmp_path):
     for name in ("train", "val"):
         own = table.assign(group_id=name + table["group_id"])  # no group in two parts
         du.write_partition(own, tmp_path / f"{name}_partition.csv")
-    values = {"parts": {"train": table, "val": table}, "label_columns": LABELS, "VIEW": "half"}
-    values |= {"PARTITION_DIR": str(tmp_path), "OPTIONS": {"grad_accum_steps": 2}}
-    values |= {"MODEL_NAME": "swinv2_tiny_window8_256", "MODEL_KWARGS": SWIN, "IMG_WIDTH": 32}
-    values |= {"HEAD_KWARGS": {"csra": {"lam": 0.3}}, "PRETRAINED": False, "CACHE_DIR": None}
-    values |= {"TRIAL_EPOCHS": 2, "default": DEFAULT, "SEARCH_SPACE": SPACE}
+    base = du.TrainConfig.recipe(
+        False, 8, partition_dir=str(tmp_path), img_width=32, model_kwargs=SWIN,
+        model_name="swinv2_tiny_window8_256", grad_accum_steps=2, batch_size=4,
+    )  # fmt: skip
+    values = {"base": base, "HEAD_KWARGS": {"csra": {"lam": 0.3}}}
+    values |= {"TRIAL_EPOCHS": 2, "SEARCH_SPACE": SPACE}
     for name, value in values.items():
         monkeypatch.setattr(nb, name, value, raising=False)
     return nb
 
 
 def test_every_searched_value_reaches_the_training(real_nb, tmp_path):
-    values = {"HEAD": "csra", "LEARNING_RATE": 0.01, "WEIGHT_DECAY": 0.3, "LAYER_DECAY": 0.5}
-    values |= {"BATCH_SIZE": 3, "RAND_AUGMENT": "rand-m5-n1", "LOSS": "asl"}
+    values = {"head": "csra", "learning_rate": 0.01, "weight_decay": 0.3, "layer_decay": 0.5}
+    values |= {"batch_size": 3, "rand_augment": "rand-m5-n1", "loss": "asl"}
     run = real_nb.build_trainer(values, tmp_path / "run", 7)
     assert run.plain.spec["head"] == "csra"
     assert run.plain.spec["head_kwargs"] == {"lam": 0.3}
@@ -375,8 +375,9 @@ def test_every_searched_value_reaches_the_training(real_nb, tmp_path):
     config = run.config
     assert (config.learning_rate, config.batch_size, config.loss) == (0.01, 3, "asl")
     assert (config.seed, config.epochs, config.patience) == (7, 2, 2)
-    assert config.grad_accum_steps == 2  # of OPTIONS
-    assert config.start == "small"  # of the recipe for random weights
+    assert config.grad_accum_steps == 2  # of the baseline
+    assert (config.start, config.weight_decay) == ("small", 0.3)  # its recipe; the trial
+    assert (config.head, config.head_kwargs) == ("csra", {"lam": 0.3})
     steps = [type(step).__name__ for step in run.loader.dataset.transform.transforms]
     assert "RandAugment" in steps
     assert "RandAugment" not in [type(s).__name__ for s in run.val_set.transform.transforms]
@@ -384,7 +385,7 @@ def test_every_searched_value_reaches_the_training(real_nb, tmp_path):
 
 def test_real_trial_trains(real_nb):
     study = optuna.create_study(direction="maximize")
-    study.enqueue_trial({"LEARNING_RATE": 1e-3, "BATCH_SIZE": 8})
+    study.enqueue_trial({"learning_rate": 1e-3, "batch_size": 8})
     study.optimize(real_nb.train_trial, n_trials=1)
     trial = study.trials[0]
     assert list(trial.intermediate_values) == [1, 2]
@@ -403,29 +404,34 @@ def write(tmp_path, content):
 def test_found_values_come_back_by_their_names(tmp_path):
     path = write(tmp_path, DEFAULT)
     found = du.read_tuned(path, "linear")
-    assert found == {name: value for name, value in DEFAULT.items() if name != "HEAD"}
+    assert found == {name: value for name, value in DEFAULT.items() if name != "head"}
+    found_with = {"MODEL_NAME": "a"}  # as earlier versions wrote it
+    old = {name.upper(): value for name, value in DEFAULT.items()} | {"found_with": found_with}
+    assert du.read_tuned(write(tmp_path, old), "linear", {"model_name": "a"}) == found
 
 
 @pytest.mark.parametrize("notebook", ["training", "csra", "mldecoder"])
 def test_notebooks_know_every_name_that_the_search_hands_over(notebook_functions, notebook):
-    assert DEFAULT.keys() - {"HEAD"} == du.TUNABLE.keys()
-    assert {name.lower() for name in du.TUNABLE} <= vars(du.TrainConfig()).keys()
+    assert DEFAULT.keys() <= set(du.TUNABLE) <= vars(du.TrainConfig()).keys()
+    assert not {"partition_dir", "pretrained", "cache_dir"} & set(du.TUNABLE)
     assert "TUNED" in vars(notebook_functions(notebook))
 
 
 @pytest.mark.parametrize(
     ("content", "head", "message"),
     [
-        (DEFAULT, "csra", r"found for HEAD='linear', not 'csra'; use training\.ipynb"),
-        (DEFAULT | {"HEAD": "mldecoder"}, "linear", r"use mldecoder\.ipynb"),
-        (DEFAULT | {"RUN_DIR": "/etc"}, "linear", "RUN_DIR cannot be tuned; expected LEARNING"),
-        (DEFAULT | {"LEARNING_RATE": "abc"}, "linear", "LEARNING_RATE='abc' is no such value"),
-        (DEFAULT | {"BATCH_SIZE": 2.5}, "linear", "BATCH_SIZE=2.5 is no such value"),
-        (DEFAULT | {"WEIGHT_DECAY": None}, "linear", "WEIGHT_DECAY=None is no such value"),
-        (DEFAULT | {"LAYER_DECAY": True}, "linear", "LAYER_DECAY=True is no such value"),
+        (DEFAULT, "csra", r"found for head='linear', not 'csra'; use training\.ipynb"),
+        (DEFAULT | {"head": "mldecoder"}, "linear", r"use mldecoder\.ipynb"),
+        (DEFAULT | {"run_dir": "/etc"}, "linear", "no option run_dir; expected some of epochs"),
+        (DEFAULT | {"partition_dir": "/etc"}, "linear", "no option partition_dir; expected some"),
+        (DEFAULT | {"lerning_rate": 1}, "linear", r"lerning_rate; .*did you mean learning_rate\?"),
+        (DEFAULT | {"learning_rate": "abc"}, "linear", "learning_rate='abc': expected more than 0"),
+        (DEFAULT | {"batch_size": 2.5}, "linear", "batch_size=2.5: expected a whole number"),
+        (DEFAULT | {"weight_decay": None}, "linear", "weight_decay=None: expected 0 or more"),
+        (DEFAULT | {"layer_decay": True}, "linear", "layer_decay=True: expected more than 0"),
         ("{", "linear", r"no best_parameters\.json of tuning\.ipynb"),
         ([1], "linear", r"no best_parameters\.json"),
-        ({"LEARNING_RATE": 1}, "linear", r"no best_parameters\.json"),
+        ({"learning_rate": 1}, "linear", r"no best_parameters\.json"),
     ],
 )
 def test_file_that_does_not_fit_is_refused_in_a_sentence(tmp_path, content, head, message):
@@ -434,14 +440,14 @@ def test_file_that_does_not_fit_is_refused_in_a_sentence(tmp_path, content, head
 
 
 def test_values_of_another_network_are_taken_with_a_warning(tmp_path):
-    found_with = {"MODEL_NAME": "a", "MODEL_KWARGS": {"depths": (2, 2)}, "IMG_WIDTH": 64}
+    found_with = {"model_name": "a", "model_kwargs": {"depths": (2, 2)}, "img_width": 64}
     path = write(tmp_path, DEFAULT | {"found_with": found_with})
-    expected = {name: value for name, value in DEFAULT.items() if name != "HEAD"}
+    expected = {name: value for name, value in DEFAULT.items() if name != "head"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert du.read_tuned(path, "linear", found_with) == expected
-    with pytest.warns(UserWarning, match="found with another MODEL_NAME, IMG_WIDTH; search again"):
-        now = found_with | {"MODEL_NAME": "b", "IMG_WIDTH": 96}
+    with pytest.warns(UserWarning, match="found with another model_name, img_width; search again"):
+        now = found_with | {"model_name": "b", "img_width": 96}
         assert du.read_tuned(path, "linear", now) == expected
 
 
