@@ -24,7 +24,6 @@ import shutil
 import sys
 import tempfile
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -228,15 +227,11 @@ def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}.")
 
 
-def _need_folder(path: str | os.PathLike) -> Path:
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; give the folder that holds the images.")
-    return Path(path)
-
-
 def list_images(folder: str | os.PathLike) -> list[Path]:
     """Return every image file below `folder`, sorted; hidden files and folders are left out."""
-    folder = _need_folder(folder)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     files = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     shown = (p for p in files if not any(n[0] == "." for n in p.relative_to(folder).parts))
     return sorted(filter(Path.is_file, shown))
@@ -256,8 +251,8 @@ def _row_problem(row: Any) -> str | None:
     return "no 'projects' object"
 
 
-def _read_export(path: str | os.PathLike) -> Iterator[tuple[int, dict, list[dict]]]:
-    """Yield the line number, the row and the answers of each line of a Labelbox v2 export."""
+def _read_export(path: str | os.PathLike) -> Iterator[list[dict]]:
+    """Yield the answers of each row of a Labelbox v2 export."""
     hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) per line"
     path = _need_file(path, "name the export of a Labelbox project")
     with path.open(encoding="utf-8-sig", errors="replace") as lines:
@@ -274,7 +269,7 @@ def _read_export(path: str | os.PathLike) -> Iterator[tuple[int, dict, list[dict
                 problem = f"an answer lacks {error}"
             if problem:
                 raise _bad_line(path, number, f"{problem}; {hint}")
-            yield number, row, answers
+            yield answers
 
 
 def _row_answers(row: dict) -> list[dict]:
@@ -335,8 +330,8 @@ def read_labelbox(
     """
     _check_choice("problematic", problematic, ("drop", "keep"))
     records, images = [], []
-    for _, row, answers in _read_export(path):
-        images.append(row["data_row"]["external_id"])
+    for answers in _read_export(path):
+        images.append(answers[0]["image"])
         records += answers
     if not records:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export.")
@@ -397,8 +392,7 @@ def to_targets(
     graded = given["label"].astype(str) == given["question"]
     grade = given["grade"].where(graded, 1)
     present = grade.between(1, positive_max)
-    lacking = sorted(set(grade[present]) - set(soft or grade))
-    if lacking:
+    if lacking := sorted(set(grade[present]) - set(soft or grade)):
         raise ValueError(f"soft={soft}: no target for grade {_some(lacking)}.")
     value = (grade.map(soft) if soft else present).astype(float).where(present, 0)
     given["value"] = value.where(grade.notna(), -1)  # -1 loses to any grade beside it
@@ -424,7 +418,7 @@ def read_class_folders(
     Lines `n01440764 tench, Tinca tinca` in `names_path` (ImageNet's LOC_synset_mapping.txt) name
     the folders. Returns `image` (path below root) and one 0/1 column per class.
     """
-    root = _need_folder(root)
+    root = Path(root)
     split = [root / name for name in ("train", "val") if (root / name).is_dir()]
     parts = split if len(split) == 2 else [root]
     found = pd.DataFrame([row for part in parts for row in _class_images(part)])
@@ -565,229 +559,6 @@ def _panorama_groups(paths: pd.Series) -> pd.Series:
     # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
     alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
     return panorama.mask(alone & name.map(name[alone].value_counts()).eq(2), name)
-
-
-# ---------------------------------------------------------------- back to Labelbox
-
-
-def _read_questions(path: str | os.PathLike) -> tuple[dict[str, set], dict[str, dict]]:
-    """Return the data rows by name, and each question with the options that the export holds."""
-    rows, questions = {}, {}
-    for number, row, _ in _read_export(path):
-        where = f"{path}, line {number}"
-        key = next((k for k in ("global_key", "id") if row["data_row"].get(k)), None)
-        if not key:
-            raise ValueError(f"{where}: data_row has no 'id' or 'global_key'; export it again.")
-        names = [row["data_row"]["external_id"], row["data_row"].get("global_key")]
-        for name in dict.fromkeys(name for name in names if name):
-            found = "globalKey" if key == "global_key" else "id", row["data_row"][key]
-            rows.setdefault(name, set()).add(found)
-        for label in (label for p in row["projects"].values() for label in p.get("labels") or []):
-            items = label.get("annotations", {}).get("classifications") or []
-            for question, kind, above, item, answer in _walk_answers(items):
-                fresh = {"kind": kind, "above": above, "item": item, "options": {}}
-                node = questions.setdefault(question, fresh)
-                if (node["kind"], node["above"]) != (kind, above):
-                    problem = f"{question!r} is asked as {node['kind']} and as {kind}"
-                    raise ValueError(f"{where}: {problem}; export one project at a time.")
-                if kind != "text":
-                    node["options"].setdefault(answer["name"], answer)
-    for question, node in questions.items():
-        grades = [(int(found[1]), o) for o in node["options"] if (found := _GRADE.match(o))]
-        node["grades"] = dict(reversed(grades))  # the first option of a grade wins
-        whole = grades or node["kind"] == "text"
-        options = {question: None} if whole else {f"{question} / {o}": o for o in node["options"]}
-        node["labels"] = options
-    return rows, questions
-
-
-def _choose(node: dict, cells: dict, threshold: float, floors: dict, absent: int | None) -> dict:
-    """Return {option: (confidence, is present)} for a question that is no text."""
-    chosen = {}
-    for label, option in node["labels"].items():
-        value = cells.get(label)
-        if pd.isna(value):
-            continue
-        prob, present = cells.get(f"{label}_prob", value), value >= threshold
-        if option is None and present:
-            wanted = min((g for g, floor in floors.items() if prob >= floor), default=max(floors))
-            nearest = min(set(node["grades"]) & set(floors), key=lambda g: (abs(g - wanted), -g))
-            chosen[node["grades"][nearest]] = prob, True
-        elif option is None and absent in node["grades"]:
-            chosen[node["grades"][absent]] = 1 - prob, False
-        elif option is not None and present:
-            chosen[option] = prob, True
-    if node["kind"] == "radio" and chosen:
-        best = max(chosen, key=lambda option: chosen[option][0])
-        return {best: chosen[best]}
-    return chosen
-
-
-def _answers(
-    questions: dict[str, dict], above: tuple | None, cells: dict, by: str, *rule
-) -> Iterator[tuple[str, dict]]:
-    """Yield (question, its import object) for the questions right below `above`."""
-
-    def named(feature: dict) -> dict:
-        schema_id = feature.get("feature_schema_id") if by == "schemaId" else None
-        return {"schemaId": schema_id} if schema_id else {"name": feature["name"]}
-
-    for question, node in questions.items():
-        if node["above"] != above:
-            continue
-        if node["kind"] == "text":
-            if not pd.isna(cells.get(question)):
-                yield question, named(node["item"]) | {"answer": str(cells[question])}
-            continue
-        given = []
-        for option, (confidence, present) in _choose(node, cells, *rule).items():
-            answer = named(node["options"][option]) | {"confidence": round(float(confidence), 6)}
-            below = question, None if _GRADE.match(option) else option
-            nested = _answers(questions, below, cells, by, *rule) if present else ()
-            nested = [child for _, child in nested]
-            given.append(answer | ({"classifications": nested} if nested else {}))
-        if given:
-            content = given if node["kind"] == "checklist" else given[0]
-            yield question, named(node["item"]) | {"answer": content}
-
-
-def _match_rows(images: pd.Series, rows: dict[str, set], path: str | os.PathLike) -> list[tuple]:
-    """Return ("globalKey" or "id", value) of each image, by its name or its file name."""
-    images = images.astype(str)
-    found = [rows.get(name) or rows.get(Path(name).name) or set() for name in images]
-    keys = pd.Series([tuple(sorted(keys)) for keys in found], index=images.index)
-    for problem, what in [
-        (keys.map(len) == 0, "not in the export, leave them out or export them as well"),
-        (keys.map(len) > 1, "several data rows of one name, give their global keys as image"),
-        (keys.duplicated(), "predicted twice, expected one row an image"),
-    ]:
-        if problem.any():
-            raise ValueError(f"{path}: {what}: {_some(images[problem])}.")
-    return [key[0] for key in keys]
-
-
-def _check_cells(
-    predictions: pd.DataFrame, questions: dict[str, dict], floors: dict, path: str | os.PathLike
-) -> None:
-    nodes = {label: node for node in questions.values() for label in node["labels"]}
-    nodes = {c: n for c, n in nodes.items() if not n["grades"] or set(n["grades"]) & set(floors)}
-    columns = [c for c in predictions if c != "image" and c.removesuffix("_prob") not in nodes]
-    unknown = [column for column in columns if column not in nodes]
-    if unknown:
-        hint = "drop or rename them"
-        raise ValueError(f"{path}: no answer shows the labels {_some(unknown)}; {hint}.")
-    for column in [c for c in predictions if c != "image"]:
-        if nodes.get(column, nodes.get(column.removesuffix("_prob")))["kind"] == "text":
-            continue
-        values = pd.to_numeric(predictions[column], errors="coerce")
-        wrong = predictions[predictions[column].notna() & ~values.between(0, 1)]
-        for image, value in zip(wrong["image"], wrong[column]):
-            problem = f"{column}={value!r}, expected 0 to 1, or NaN for unknown"
-            raise ValueError(f"predictions of {image}: {problem}.")
-
-
-def write_labelbox(
-    predictions: pd.DataFrame,
-    export_path: str | os.PathLike,
-    path: str | os.PathLike,
-    threshold: float = 0.5,
-    grade_floors: dict[int, float] | None = None,
-    absent: int | None = 0,
-    by: str = "name",
-) -> int:
-    """Write predictions as pre-labels that Labelbox imports, one question (a JSON object) a line.
-
-    A present label is answered with its option, or, where the question is graded, with the most
-    certain grade whose floor its probability reaches; of a grade that the export never uses, with
-    the nearest one it does (the less certain of two). An absent label is no answer, except where
-    its question has an option of grade `absent`, whose confidence is 1 - probability. NaN writes
-    nothing. A radio question takes its most probable present option. A nested answer is written
-    only below a present answer, as Labelbox cannot hold it elsewhere. Descriptive options of a
-    graded question ("Foreground") are never answered.
-
-    Args:
-        predictions: `image` (external id, global key, or a path that ends in one) and a column a
-            label, named as `read_labelbox` names it: a probability, 0 or 1, or NaN. Where
-            LABEL_prob stands beside LABEL, as in `Classifier.predict`, LABEL decides and
-            LABEL_prob is the confidence. A column named like a text question holds texts.
-        export_path: the Labelbox v2 export that the labels were read from; it gives the data rows
-            and says which question and option a label is.
-        path: the NDJSON file to write; the same input gives the same bytes.
-        threshold: a label is present from this value on.
-        grade_floors: the least probability of each grade; None takes {1: 0.9, 2: 0.7, 3: 0.0}.
-        absent: the grade that means absent; None never answers an absent label.
-        by: "name" fits any project that asks these questions; "schemaId" only the exported one.
-
-    Returns:
-        The number of lines.
-
-    Raises:
-        ValueError: an image that the export does not hold, holds several times, or that is
-            predicted twice; a column that is no label; a value outside 0..1; no v2 export.
-    """
-    _check_choice("by", by, ("name", "schemaId"))
-    if "image" not in predictions.columns:
-        raise ValueError("predictions: no column 'image'; expected image and one column a label.")
-    floors = grade_floors or {1: 0.9, 2: 0.7, 3: 0.0}
-    rows, questions = _read_questions(export_path)
-    keys = _match_rows(predictions["image"], rows, export_path)
-    _check_cells(predictions, questions, floors, export_path)
-    lines = []
-    for key, cells in zip(keys, predictions.to_dict("records")):
-        for question, found in _answers(questions, None, cells, by, threshold, floors, absent):
-            name = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([*key, question]))
-            lines.append(found | {"dataRow": dict([key]), "uuid": str(name)})
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-    return len(lines)
-
-
-def _walk_import(items: list[dict], names: dict[str, str], prefix: str = "") -> Iterator[dict]:
-    """Yield each answer of import objects as {question, kind, answer, confidence}."""
-    for item in items:
-        question, given = prefix + (item.get("name") or names[item["schemaId"]]), item["answer"]
-        if isinstance(given, str):
-            yield {"question": question, "kind": "text", "answer": given, "confidence": None}
-            continue
-        kind = "checklist" if isinstance(given, list) else "radio"
-        for answer in given if isinstance(given, list) else [given]:
-            option = answer.get("name") or names[answer["schemaId"]]
-            base = {"question": question, "kind": kind, "answer": option}
-            yield base | {"confidence": answer.get("confidence")}
-            below = question if _GRADE.match(option) else f"{question} / {option}"
-            yield from _walk_import(answer.get("classifications") or [], names, f"{below} / ")
-
-
-def read_labelbox_import(path: str | os.PathLike, export_path: str | os.PathLike) -> pd.DataFrame:
-    """Read pre-labels as `read_labelbox` reads an export, so that `to_targets` takes them.
-
-    Returns:
-        The columns of `read_labelbox` and confidence (NaN for texts); `image` is the external id
-        or global key, `annotator` is None. Images without any answer have no line.
-
-    Raises:
-        ValueError: a line is no import of this export; names file, line and what was expected.
-    """
-    rows, questions = _read_questions(export_path)
-    images = {key: name for name, keys in reversed(rows.items()) for key in keys}
-    features = [f for n in questions.values() for f in [n["item"], *n["options"].values()]]
-    names = {feature.get("feature_schema_id"): feature["name"] for feature in features}
-    records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        try:
-            item = json.loads(line)
-            (key,) = item["dataRow"].items()
-            base = {"image": images[key], "data_row_id": key[1], "project": "import"}
-            base |= {"annotator": None, "label_id": f"import of {key[1]}", "judged": True}
-            records += [base | answer for answer in _walk_import([item], names)]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            hint = f"expected an answer to a data row of {export_path}"
-            raise ValueError(f"{path}, line {number}: {hint} ({error!r}).") from None
-    columns = ["image", "data_row_id", "project", "annotator", "label_id", "judged"]
-    columns += ["question", "kind", "answer", "confidence"]
-    answers = pd.DataFrame(records, columns=columns)
-    return _name_labels(answers, [], "keep", ())
 
 
 # ---------------------------------------------------------------- partition
