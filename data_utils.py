@@ -506,7 +506,7 @@ def attach_images(
     found.insert(0, "image_path", paths.map(lambda p: (Path(image_dir) / p).as_posix()))
     found.insert(1, "group_id", groups)
     found = found.reset_index(drop=True)
-    found.attrs["missing"] = targets["image"].drop(paths.index).tolist()
+    found.attrs = {"missing": targets["image"].drop(paths.index).tolist()}
     return found
 
 
