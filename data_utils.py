@@ -25,7 +25,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -43,11 +42,9 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
-from iterstrat.ml_stratifiers import IterativeStratification
-from joblib import Parallel, delayed
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
-from sklearn.metrics import cohen_kappa_score, fbeta_score, pairwise_distances_argmin_min
+from sklearn.metrics import fbeta_score, pairwise_distances_argmin_min
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
@@ -219,93 +216,86 @@ def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Return every image file below `folder`, sorted; hidden files and folders are left out.
-
-    Raises:
-        FileNotFoundError: `folder` does not exist.
-    """
+    """Return every image file below `folder`, sorted; hidden files and folders are left out."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     files = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     shown = (p for p in files if not any(n[0] == "." for n in p.relative_to(folder).parts))
-    return sorted(p for p in shown if p.is_file())
+    return sorted(filter(Path.is_file, shown))
 
 
 # ---------------------------------------------------------------- labels
 
 
-def _parse_row(line: str, where: str) -> dict:
-    """Return one row of a Labelbox v2 export, or say what is wrong with it."""
-    hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) a line"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5 000 digits
-        raise ValueError(f"{where}: not JSON ({error}); {hint}.") from None
-    if isinstance(row, list) or (isinstance(row, dict) and {"Labeled Data", "Label"} & set(row)):
-        raise ValueError(f"{where}: this looks like a v1 or array export; {hint}. Export it again.")
-    if not isinstance(row, dict) or not isinstance(row.get("projects"), dict):
-        raise ValueError(f"{where}: no 'projects' object; {hint}.")
-    data_row = row.get("data_row")
-    name = data_row.get("external_id") if isinstance(data_row, dict) else None
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: data_row has no 'external_id'; expected the image's file name.")
-    return row
+def _row_problem(row: Any) -> str | None:
+    match row:
+        case list() | {"Labeled Data": _} | {"Label": _}:
+            return "this looks like a v1 or array export, export it again"
+        case {"projects": dict(), "data_row": {"external_id": str(name)}} if name:
+            return None
+        case {"projects": dict()}:
+            return "data_row has no 'external_id', expected the image's file name"
+    return "no 'projects' object"
 
 
-def _walk_answers(
-    items: list[dict], above: tuple | None = None, prefix: str = ""
-) -> Iterator[tuple[str, str, tuple | None, dict, dict]]:
-    """Yield (question, kind, above, item, answer) an answer; nested ones are "parent / child".
+def _read_export(path: str | os.PathLike) -> Iterator[list[dict]]:
+    """Yield the answers of each row of a Labelbox v2 export."""
+    hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) per line"
+    path = _need_file(path, "name the export of a Labelbox project")
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                problem = _row_problem(row)
+                answers = [] if problem else _row_answers(row)
+            except (ValueError, RecursionError) as error:  # ValueError: also of 5 000 digits
+                problem = f"not JSON ({error})"
+            except (AttributeError, KeyError, TypeError) as error:
+                problem = f"an answer lacks {error}"
+            if problem:
+                raise _bad_line(path, number, f"{problem}; {hint}")
+            yield answers
 
-    `above` is None at the top and (question, option) below an option; any grade is option None.
-    A text is an answer whose name is its content.
-    """
+
+def _row_answers(row: dict) -> list[dict]:
+    """Return every answer of every annotator in every project; one record of a bare image."""
+    image = {"image": row["data_row"]["external_id"], "data_row_id": row["data_row"].get("id")}
+    image |= dict.fromkeys(["project", "annotator", "label_id", "judged"])
+    image |= dict.fromkeys(["question", "kind", "answer"])
+    records = []
+    for project_id, project in row["projects"].items():
+        for number, label in enumerate(project.get("labels") or []):
+            skipped = bool((label.get("performance_details") or {}).get("skipped"))
+            key = {"project": project.get("name") or project_id, "judged": not skipped}
+            key["annotator"] = (label.get("label_details") or {}).get("created_by")
+            key["label_id"] = label.get("id") or f"{project_id}-{number}"
+            items = label.get("annotations", {}).get("classifications") or []
+            walked = [] if skipped else _walk_answers(items)
+            answers = [{"question": q, "kind": kind, "answer": name} for q, kind, name in walked]
+            records += [image | key | answer for answer in answers or [{}]]
+    records = records or [image | {"judged": False}]
+    for value in itertools.chain.from_iterable(map(dict.values, records)):
+        if not isinstance(value, str | bool | None):
+            raise TypeError(f"text instead of {value!r}")
+    return records
+
+
+def _walk_answers(items: list[dict], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield (question, kind, answer); nested questions are "parent / child", below a grade too."""
     for item in items:
         question = prefix + item["name"]
         if "text_answer" in item:
-            content = (item["text_answer"] or {}).get("content")
-            yield question, "text", above, item, {"name": content}
+            yield question, "text", (item["text_answer"] or {}).get("content")
         given = item.get("radio_answer") or item.get("checklist_answers") or []
         kind = "checklist" if "checklist_answers" in item else "radio"
         for answer in given if isinstance(given, list) else [given]:
-            yield question, kind, above, item, answer
-            option = None if _GRADE.match(answer["name"]) else answer["name"]
-            below = question if option is None else f"{question} / {option}"
-            nested = answer.get("classifications") or []
-            yield from _walk_answers(nested, (question, option), f"{below} / ")
-
-
-def _row_answers(row: dict) -> Iterator[dict]:
-    """Yield the answers of one row: every project, every annotator; at least one record a row."""
-    data_row = row["data_row"]
-    base = {"image": data_row["external_id"], "data_row_id": data_row.get("id")}
-    base |= dict.fromkeys(["project", "annotator", "label_id"]) | {"judged": False}
-    base |= dict.fromkeys(["question", "kind", "answer"])
-    if not any(project.get("labels") for project in row["projects"].values()):
-        yield base
-    for project_id, project in row["projects"].items():
-        for number, label in enumerate(project.get("labels") or []):
-            annotator = (label.get("label_details") or {}).get("created_by")
-            skipped = bool((label.get("performance_details") or {}).get("skipped"))
-            key = {"project": project.get("name") or project_id, "annotator": annotator}
-            key |= {"label_id": label.get("id") or f"{project_id}-{number}", "judged": not skipped}
-            classifications = label.get("annotations", {}).get("classifications") or []
-            walked = [] if skipped else _walk_answers(classifications)
-            answers = [{"question": q, "kind": k, "answer": a["name"]} for q, k, _, _, a in walked]
-            yield from (base | key | answer for answer in answers or [{}])
-
-
-def _checked_answers(row: dict, where: str) -> list[dict]:
-    try:
-        answers = list(_row_answers(row))
-        wrong = [v for a in answers for v in a.values() if not isinstance(v, str | bool | None)]
-        if wrong:
-            raise TypeError(f"text instead of {wrong[0]!r}")
-    except (AttributeError, KeyError, TypeError) as error:
-        hint = "expected the classifications of a Labelbox v2 export"
-        raise ValueError(f"{where}: an answer lacks {error}; {hint}.") from None
-    return answers
+            name = answer["name"]
+            yield question, kind, name
+            below = question if _GRADE.match(name) else f"{question} / {name}"
+            yield from _walk_answers(answer.get("classifications") or [], f"{below} / ")
 
 
 def read_labelbox(
@@ -313,41 +303,29 @@ def read_labelbox(
     problematic: str = "drop",
     flags: Sequence[str] = ("Problematic", "Revisit"),
 ) -> pd.DataFrame:
-    """Read a Labelbox v2 NDJSON export as annotated, one line an answer.
+    """Read a Labelbox v2 NDJSON export as annotated, one line per answer.
 
     A question with any option like "1 - Definitely" is graded and is one label; its other options
-    ("Foreground") only describe it. An ungraded question gives one label an option, named
-    "question / option". Texts and `flags` are no labels.
-
-    Args:
-        path: the export, one JSON object a line.
-        problematic: "drop" leaves out images that carry the first of `flags`, "keep" keeps them.
-        flags: radio questions about the photo itself.
+    ("Foreground") only describe it. An ungraded question gives one label per option, named
+    "question / option". Texts and `flags` (radio questions about the photo itself) are no labels.
+    `problematic` "drop" leaves out the images that carry the first of `flags`.
 
     Returns:
-        Columns image, data_row_id, project, annotator, label_id, judged, question, kind, answer,
-        grade (1 = most certain, NaN if ungraded) and label, a categorical whose categories are the
-        vocabulary over all rows in order of first appearance. An image that nobody labelled has
-        one line with judged = False. `.attrs["report"]` counts and lists rows, duplicates,
-        unlabelled and skipped images, problematic images and answers without a grade.
-
-    Raises:
-        ValueError: the file or a line is no v2 export; names file, line and what was expected.
+        Columns image, data_row_id, project, annotator, label_id, judged (False in the one line of
+        an image that nobody labelled), question, kind, answer, grade (1 = most certain) and label,
+        a categorical with the vocabulary of all rows in order of first appearance.
+        `.attrs["report"]` lists what needs attention.
     """
     _check_choice("problematic", problematic, ("drop", "keep"))
     records, images = [], []
-    with open(path, encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                row = _parse_row(line, f"{path}, line {number}")
-                images.append(row["data_row"]["external_id"])
-                records += _checked_answers(row, f"{path}, line {number}")
+    for answers in _read_export(path):
+        images.append(answers[0]["image"])
+        records += answers
     if not records:
-        raise ValueError(f"{path}: no rows; expected a Labelbox v2 export, one JSON object a line.")
+        raise ValueError(f"{path}: no rows; expected a Labelbox v2 export.")
     answers = pd.DataFrame(records).drop_duplicates(ignore_index=True)
     images = pd.Series(images)
-    duplicates = images[images.duplicated()].tolist()
-    return _name_labels(answers, duplicates, problematic, flags)
+    return _name_labels(answers, images[images.duplicated()].tolist(), problematic, flags)
 
 
 def _name_labels(
@@ -383,21 +361,17 @@ def to_targets(
     soft: dict[int, float] | None = None,
     hard: bool = False,
 ) -> pd.DataFrame:
-    """Turn annotated answers into targets.
+    """Turn the answers of `read_labelbox` into `image` and one column per label: 1, 0, NaN or soft.
+
+    Several annotators are averaged; without `soft` the majority decides and a tie is present. An
+    image that nobody labelled, or an answer that lacks its grade, is unknown (NaN).
 
     Args:
-        answers: what `read_labelbox` returns.
         positive_max: grades 1..positive_max are present, a lower certainty is absent.
         unanswered: what an unticked question means where somebody labelled the image in a project
             that asks it: "absent" (0) or "unknown" (NaN).
-        soft: soft target a grade, e.g. {1: 1.0, 2: 0.9, 3: 0.6}; None gives 1.
-        hard: decide by the mean certainty: with `soft`, 1 where the mean over the annotators is
-            0.5 or more, else 0. False keeps the mean, and so any disagreement, as soft target.
-
-    Returns:
-        `image` and one column a label: 1, 0, NaN (unknown) or soft. Several annotators are
-        averaged; without `soft` the majority decides and a tie counts as present. An image that
-        nobody labelled, or an answer that lacks its grade, is unknown.
+        soft: soft target per grade, e.g. {1: 1.0, 2: 0.9, 3: 0.6}; None gives 1.
+        hard: with `soft`, decide by the mean certainty (present from 0.5) instead of keeping it.
     """
     _check_choice("unanswered", unanswered, ("absent", "unknown"))
     vocabulary = answers["label"].cat.categories
@@ -406,8 +380,7 @@ def to_targets(
     graded = given["label"].astype(str) == given["question"]
     grade = given["grade"].where(graded, 1)
     present = grade.between(1, positive_max)
-    lacking = sorted(set(grade[present]) - set(soft or grade))
-    if lacking:
+    if lacking := sorted(set(grade[present]) - set(soft or grade)):
         raise ValueError(f"soft={soft}: no target for grade {_some(lacking)}.")
     value = (grade.map(soft) if soft else present).astype(float).where(present, 0)
     given["value"] = value.where(grade.notna(), -1)  # -1 loses to any grade beside it
@@ -425,255 +398,158 @@ def to_targets(
     return targets.rename_axis(index="image", columns=None).reset_index()
 
 
-def _pair_agreement(counts: np.ndarray) -> float:
-    """Return the mean over images of the share of agreeing pairs of raters; counts (N, K)."""
-    n = counts.sum(1)
-    return ((counts * (counts - 1)).sum(1) / (n * (n - 1))).mean()
-
-
-def _fleiss_kappa(counts: np.ndarray) -> float:
-    """Return Fleiss' kappa, (P - Pe) / (1 - Pe), of how many raters chose each category.
-
-    P is the mean over the images of P_i = sum_j n_ij (n_ij - 1) / (n_i (n_i - 1)), the share of
-    agreeing pairs of raters, and Pe = sum_j p_j² with p_j the share of category j in all
-    judgements (Fleiss, Psychological Bulletin 76(5), 1971). With the image's own n_i in place of
-    Fleiss' fixed n, images may have different numbers of raters.
-
-    Args:
-        counts: (N, K), images by categories; every image has at least 2 raters.
-
-    Returns:
-        1 for perfect agreement, 0 for chance; NaN if only one category was ever chosen.
-    """
-    counts = np.asarray(counts, float)
-    observed = _pair_agreement(counts)
-    expected = ((counts.sum(0) / counts.sum()) ** 2).sum()
-    return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")
-
-
-def annotator_agreement(
-    answers: pd.DataFrame, positive_max: int = 3, unanswered: str = "absent"
-) -> pd.DataFrame:
-    """Say how far annotators agree on which images show each label.
-
-    Each annotator's answers are read as `to_targets` reads them; unknown cells are no judgement.
-    Answers without an annotator count as one annotator a label record.
-
-    Args:
-        answers: what `read_labelbox` returns.
-        positive_max, unanswered: as in `to_targets`. With "unknown" an unticked box is no
-            judgement, so agreement on absence is not seen.
-
-    Returns:
-        A line a label: label; images, judged by 2 or more; annotators among them; agreement, the
-        mean share of agreeing pairs of annotators an image; statistic and kappa. Exactly two
-        annotators give Cohen's kappa (Educational and Psychological Measurement 20, 1960), more
-        give Fleiss' (Psychological Bulletin 76, 1971; images may differ in their annotators).
-        No image judged twice, or all judgements alike, gives NaN.
-    """
-    record = answers.groupby("image")["label_id"].transform(lambda ids: pd.factorize(ids)[0])
-    annotator = answers["annotator"].fillna("annotator " + record.astype(str))
-    pairs = pd.MultiIndex.from_arrays([answers["image"], annotator])
-    code, pairs = pairs.factorize()
-    each = to_targets(answers.assign(image=code), positive_max, unanswered).set_index("image")
-    each = each.set_axis(pairs[each.index])
-    tables = {label: cells.unstack() for label, cells in each.items()}  # noqa: PD010 (a Series)
-    return pd.DataFrame([_agree(label, judged) for label, judged in tables.items()])
-
-
-def _agree(label: str, judged: pd.DataFrame) -> dict:
-    """Return the line of one label; judged (images, annotators) is 1, 0 or NaN."""
-    judged = judged[judged.count(axis=1) >= 2].dropna(axis=1, how="all")
-    counts = np.stack([judged.eq(0).sum(axis=1), judged.eq(1).sum(axis=1)], axis=1)
-    line = {"label": label, "images": len(judged), "annotators": judged.shape[1]}
-    line |= {"agreement": np.nan, "statistic": None, "kappa": np.nan}
-    if len(judged):
-        line["agreement"] = _pair_agreement(counts)
-        line["statistic"] = "Cohen" if judged.shape[1] == 2 else "Fleiss"
-        if counts.any(0).all():
-            both = judged.to_numpy().T
-            line["kappa"] = cohen_kappa_score(*both) if len(both) == 2 else _fleiss_kappa(counts)
-    return line
-
-
-def _read_table(path: str | os.PathLike) -> pd.DataFrame:
-    """Read a CSV as stripped text; its index is the line in the file less 2."""
-    text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
-    try:
-        table = pd.read_csv(path, encoding="utf-8-sig", **text).fillna("")
-    except ValueError as error:  # pandas' own errors and UnicodeDecodeError
-        problem = f"no CSV with a header, a label column and equal rows ({str(error).strip()})."
-        raise ValueError(f"{path}: {problem}") from None
-    table = table.apply(lambda column: column.str.strip())
-    names = table.iloc[0].tolist()
-    if len(set(names)) < len(names) or "" in names[1:]:
-        raise ValueError(f"{path}: line 1 has a column without a name or twice: {_some(names)}.")
-    table = table.iloc[1:].set_axis(names, axis=1).reset_index(drop=True)
-    return table[(table != "").any(axis=1)]
-
-
-def _parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.DataFrame:
-    """Turn text into 1, 0, NaN (empty) and, if `soft`, values between."""
-    values = cells.apply(pd.to_numeric, errors="coerce")
-    good = ((values >= 0) & (values <= 1)) if soft else values.isin([0, 1])
-    rows, columns = np.nonzero((~good & (cells != "")).to_numpy())
-    if len(rows):
-        places = [
-            (cells.index[r] + 2, cells.columns[c], cells.iloc[r, c]) for r, c in zip(rows, columns)
-        ]
-        found = [f"line {line}, {column}: {cell!r}" for line, column, cell in places]
-        expected = "0 to 1" if soft else "0, 1"
-        raise ValueError(f"{path}: expected {expected} or an empty cell, found {_some(found)}.")
-    return values.astype(float)
-
-
-def read_csv_labels(
-    path: str | os.PathLike, unlisted: str = "unknown", keep: Sequence[str] = ()
-) -> pd.DataFrame:
-    """Read labels from a CSV: one 0/1 column a label, or `filename, "desert,mountains"` lists.
-
-    Args:
-        path: the CSV; its first column, whatever its name, holds the image file names.
-        unlisted: for lists, what an empty list means: "unknown" or "absent" for every label.
-        keep: columns that are no labels, e.g. the site to group by; kept as text.
-
-    Returns:
-        `image`, the columns to keep, and one column a label: 1, 0 or NaN (empty cell: nobody
-        judged it).
-
-    Raises:
-        ValueError: a value outside 0/1/empty, a file name twice, or no label column; with line.
-    """
-    _check_choice("unlisted", unlisted, ("unknown", "absent"))
-    table = _read_table(path)
-    if table.shape[1] < 2:
-        raise ValueError(f"{path}: expected a file name column and at least one label column.")
-    names = table.iloc[:, 0].rename("image")
-    for problem, what in [(names == "", "no file name"), (names.duplicated(), "file name twice")]:
-        if problem.any():
-            lines = [f"line {i + 2}: {names[i]!r}" for i in names.index[problem]]
-            raise ValueError(f"{path}: {what}, expected one row an image: {_some(lines)}.")
-    if set(keep) - set(table.columns):
-        raise ValueError(f"{path}: no column {_some(set(keep) - set(table.columns))} to keep.")
-    cells = table.iloc[:, 1:].drop(columns=list(keep))
-    if cells.shape[1] == 1 and _holds_lists(cells.iloc[:, 0]):
-        labels = _split_lists(cells.iloc[:, 0], unlisted)
-    else:
-        labels = _parse_cells(cells, path, soft=False)
-    return pd.concat([names, table[list(keep)], labels], axis=1).reset_index(drop=True)
-
-
-def _holds_lists(cells: pd.Series) -> bool:
-    return (cells != "").any() and pd.to_numeric(cells, errors="coerce").isna().all()
-
-
-def _split_lists(cells: pd.Series, unlisted: str) -> pd.DataFrame:
-    """Turn "desert,mountains" cells into one 0/1 column a label, in order of first appearance."""
-    joined = cells.str.replace(r"\s*[,;|]\s*", "|", regex=True)
-    names = pd.unique(joined.str.split("|").explode())
-    labels = joined.str.get_dummies("|").astype(float)[[name for name in names if name]]
-    return labels.mask(cells == "") if unlisted == "unknown" else labels
-
-
 def read_class_folders(
     root: str | os.PathLike, names_path: str | os.PathLike | None = None
 ) -> pd.DataFrame:
     """Read `root/<class>/*.jpg`, or ImageNet's `root/train/<class>/` and `root/val/<class>/`.
 
-    Args:
-        root: with `train/` and `val/` in it, only these two are read.
-        names_path: says what folder names mean, a line a class: `n01440764 tench, Tinca tinca`
-            (ImageNet's LOC_synset_mapping.txt); the words up to the first comma name the class.
-
-    Returns:
-        `image` (path below root) and one column a class: 1 in its own folder, else 0.
-
-    Raises:
-        ValueError: no class folder holds an image, one of them holds none, val/ has a class that
-            train/ lacks, or `names_path` leaves a class out.
+    Lines `n01440764 tench, Tinca tinca` in `names_path` (ImageNet's LOC_synset_mapping.txt) name
+    the folders. Returns `image` (path below root) and one 0/1 column per class.
     """
     root = Path(root)
-    is_split = _is_split(root)
-    parts = [root / "train", root / "val"] if is_split else [root]
-    found = [(part, path.relative_to(part)) for part in parts for path in list_images(part)]
-    loose = [part / path for part, path in found if len(path.parts) == 1]
-    found = [(part, path) for part, path in found if len(path.parts) > 1]
-    empty = sorted(set(parts) - {part for part, _ in found})
-    if empty:
-        raise ValueError(
-            f"{empty[0]}: no images in class folders; expected {empty[0]}/<class>/*.jpg."
-        )
-    if loose and is_split:  # without train/ and val/ they are photos that nobody sorted yet
-        problem = f"{len(loose)} images lie in no class folder and are left out"
-        warnings.warn(f"{root}: {problem}: {_some(loose)}.", stacklevel=2)
-    classes = pd.Series([path.parts[0] for _, path in found])
-    _check_class_folders(parts, {(part, path.parts[0]) for part, path in found})
-    folders = sorted(set(classes))
-    names = _class_names(names_path, folders) if names_path else dict(zip(folders, folders))
-    classes = classes.map(names)
-    taken = sorted({"image", *NOT_LABELS} & set(classes))
-    if taken:
-        raise ValueError(f"{root}: {taken[0]!r} is the name of a column; rename that class.")
-    images = [(part / path).relative_to(root).as_posix() for part, path in found]
-    labels = pd.get_dummies(classes, dtype=float)
-    labels = labels[list(names.values())]  # in the order of the folders
-    return pd.concat([pd.Series(images, name="image", dtype=object), labels], axis=1)
-
-
-def _is_split(root: Path) -> bool:
-    """Say whether there are train/ and val/, refuse one of them alone with classes in it."""
-    there = [name for name in ("train", "val") if (root / name).is_dir()]
-    if len(there) == 1:
-        inside = [path.relative_to(root) for path in list_images(root)]
-        if inside and all(p.parts[0] == there[0] and len(p.parts) > 2 for p in inside):
-            problem = f"expected train/ and val/ in it, found {there[0]}/ alone"
-            raise ValueError(f"{root}: {problem}; add the other, or read {root / there[0]}.")
-    return len(there) == 2
-
-
-def _check_class_folders(parts: Sequence[Path], filled: set[tuple[Path, str]]) -> None:
-    """Refuse empty class folders and untrained classes; `filled` has (part, class) with images."""
-    folders = [p for part in parts for p in sorted(part.iterdir()) if p.is_dir()]
-    empty = [p for p in folders if p.name[0] != "." and (p.parent, p.name) not in filled]
-    if empty:
-        fix = "add photos (links are not followed), or delete the folder if the class is not wanted"
-        raise ValueError(f"{_some(empty)}: a class folder without images; {fix}.")
-    untrained = sorted({name for _, name in filled if (parts[0], name) not in filled})
-    if untrained:
-        problem = f"holds classes that {parts[0]} lacks: {_some(untrained)}"
+    split = [root / name for name in ("train", "val") if (root / name).is_dir()]
+    parts = split if len(split) == 2 else [root]
+    found = pd.DataFrame([row for part in parts for row in _class_images(part)])
+    found.columns = ["part", "class", "image"]
+    deep = found["image"].map(lambda path: len(path.relative_to(root).parts) > 2)
+    if len(split) == 1 and deep.all() and set(found["class"]) == {split[0].name}:
+        problem = f"expected train/ and val/ in it, found {split[0].name}/ alone"
+        raise ValueError(f"{root}: {problem}; add the other, or read {split[0]}.")
+    in_part = found.groupby("part")["class"].agg(set)
+    if untrained := in_part[parts[-1]] - in_part[parts[0]]:
+        problem = f"holds classes that {parts[0]} lacks: {_some(sorted(untrained))}"
         raise ValueError(f"{parts[-1]}: {problem}; a class must be trained to be tested.")
+    folders = sorted(in_part[parts[0]])
+    names = _class_names(names_path, folders) if names_path else dict(zip(folders, folders))
+    if taken := sorted({"image", *NOT_LABELS} & set(names.values())):
+        raise ValueError(f"{root}: {taken[0]!r} is the name of a column; rename that class.")
+    labels = pd.get_dummies(found["class"].map(names), dtype=float)[list(names.values())]
+    labels.insert(0, "image", [path.relative_to(root).as_posix() for path in found["image"]])
+    return labels
+
+
+def _class_images(part: Path) -> list[tuple[Path, str, Path]]:
+    """Return (part, class, path) of each image; refuses empty classes, tells of loose images."""
+    paths = [(path.relative_to(part).parts, path) for path in list_images(part)]
+    found = [(part, parts[0], path) for parts, path in paths if len(parts) > 1]
+    if not found:
+        raise ValueError(f"{part}: no images in class folders; expected {part}/<class>/*.jpg.")
+    folders = {p.name for p in part.iterdir() if p.is_dir() and p.name[0] != "."}
+    if empty := sorted(folders - {name for _, name, _ in found}):
+        fix = "add photos (links are not followed), or delete the folder if the class is not wanted"
+        empty = _some([part / name for name in empty])
+        raise ValueError(f"{empty}: a class folder without images; {fix}.")
+    loose = [path for parts, path in paths if len(parts) == 1]
+    if loose and part.name in ("train", "val"):  # elsewhere: photos that nobody sorted yet
+        problem = f"{len(loose)} images lie in no class folder and are left out"
+        warnings.warn(f"{part}: {problem}: {_some(loose)}.", stacklevel=3)
+    return found
 
 
 def _class_names(path: str | os.PathLike, folders: Sequence[str]) -> dict[str, str]:
-    """Return folder name → words; words that two classes share are told apart by the folder."""
+    """Return folder → its words up to the first comma; words of two classes get the folder too."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        expected = "expected a text file (UTF-8) with a line `folder words` a class"
+        expected = "expected a text file (UTF-8) with a line `folder words` per class"
         raise ValueError(f"{path}: {expected}, {type(error).__name__}.") from None
-    found: dict[str, set[str]] = {folder: set() for folder in folders}
-    longest = sorted(folders, key=len, reverse=True)  # "sand dry" before "sand"
-    for line in map(str.strip, lines):
-        own = [f for f in longest if line == f or (line.startswith(f) and line[len(f)] in " \t,;")]
-        if own:
-            words = line[len(own[0]) :].lstrip(" \t,;").lstrip('"').split(",")[0]
-            found[own[0]].add(words.strip(' \t"'))
-    missing = [folder for folder, words in found.items() if not words - {""}]
-    if missing:
+    longest = sorted(map(re.escape, folders), key=len, reverse=True)  # "sand dry" before "sand"
+    lines = re.findall(rf'(?m)^[ \t]*({"|".join(longest)})[ \t,;]+"?([^,\n]*)', text)
+    words = pd.DataFrame(lines, columns=["folder", "words"])
+    words["words"] = words["words"].str.strip(' \t"')
+    words = words[words["words"] != ""].drop_duplicates().set_index("folder")["words"]
+    if missing := [folder for folder in folders if folder not in words.index]:
         fix = "add one `folder words` each, or give no names"
         raise ValueError(f"{path}: no line with words for {_some(missing)}; {fix}.")
-    several = [folder for folder, words in found.items() if len(words) > 1]
-    if several:
-        raise ValueError(
-            f"{path}: lines that contradict each other for {_some(several)}; keep one."
-        )
-    words = {folder: next(iter(words)) for folder, words in found.items()}
-    count = pd.Series(words).value_counts()
-    names = {f: w if count[w] == 1 else f"{w} ({f})" for f, w in words.items()}
-    twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
-    if twice:
+    if several := words.index[words.index.duplicated()].tolist():
+        problem = f"lines that contradict each other for {_some(several)}"
+        raise ValueError(f"{path}: {problem}; keep one.")
+    words = words[list(folders)]
+    names = words.where(~words.duplicated(keep=False), words + " (" + words.index + ")")
+    if twice := names[names.duplicated()].tolist():
         raise ValueError(f"{path}: two classes would be called {_some(twice)}; name one otherwise.")
-    return names
+    return names.to_dict()
+
+
+def attach_images(
+    targets: pd.DataFrame,
+    image_dir: str | os.PathLike,
+    group_by: str | int = "panorama",
+    missing: str = "raise",
+) -> pd.DataFrame:
+    """Find the labelled images below a folder; return `image_path`, `group_id` and the labels.
+
+    `image` holds file names or paths below `image_dir`, with or without suffix.
+
+    Args:
+        group_by: "panorama" (both halves together), the number of leading folders that make a
+            group (1: site, 2: site and day), or the name of a column of `targets`.
+        missing: "raise", or "skip" to leave images out; `.attrs["missing"]` then lists them.
+    """
+    _check_choice("missing", missing, ("raise", "skip"))
+    paths = _find_images(targets["image"], Path(image_dir), missing)
+    found = targets.loc[paths.index]
+    groups = _group_ids(found, paths, group_by)
+    found = found.drop(columns=["image", group_by], errors="ignore")
+    found.insert(0, "image_path", paths.map(lambda p: (Path(image_dir) / p).as_posix()))
+    found.insert(1, "group_id", groups)
+    found = found.reset_index(drop=True)
+    found.attrs = {"missing": targets["image"].drop(paths.index).tolist()}
+    return found
+
+
+def _find_images(images: pd.Series, image_dir: Path, missing: str) -> pd.Series:
+    """Return the one file, relative to `image_dir`, that each image name fits."""
+    by_name: dict[str, list[Path]] = {}
+    for path in list_images(image_dir):
+        for name in {path.name, path.stem}:
+            by_name.setdefault(name, []).append(path.relative_to(image_dir))
+
+    def fitting(image: str) -> list[Path]:
+        folders = Path(image).parts[:-1]
+        found = by_name.get(Path(image).name, [])
+        return [p for p in found if p.parts[-len(folders) - 1 : -1] == folders]
+
+    matches = images.map(fitting)
+    if several := [f"{name} ({_some(m, 3)})" for name, m in zip(images, matches) if m[1:]]:
+        problem = f"{len(several)} image names fit several files, give paths below the folder"
+        raise ValueError(f"{image_dir}: {problem}: {_some(several)}.")
+    lost = images[matches.map(len) == 0].tolist()
+    if lost and (missing == "raise" or len(lost) == len(images)):
+        problem = f"{len(lost)} of {len(images)} labelled images are not there: {_some(lost)}"
+        fix = "Check the folder, or use missing='skip' to leave them out"
+        raise FileNotFoundError(f"{image_dir}: {problem}. {fix}.")
+    paths = matches[matches.map(len) == 1].str[0]
+    if paths.duplicated().any():
+        raise ValueError(f"{image_dir}: labelled twice: {_some(paths[paths.duplicated()])}.")
+    return paths
+
+
+def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> pd.Series:
+    if group_by in targets.columns:
+        return targets[group_by].astype(str)
+    if group_by == "panorama":
+        return _panorama_groups(paths)
+    if not isinstance(group_by, int) or group_by < 1:
+        wanted = f"'panorama', a number of folders or a column of {_some(targets.columns)}"
+        raise ValueError(f"group_by={group_by!r}: expected {wanted}.")
+    if shallow := [p for p in paths if len(p.parts) <= group_by]:
+        problem = f"{len(shallow)} images lie less than {group_by} folders deep: {_some(shallow)}"
+        raise ValueError(f"group_by={group_by}: {problem}.")
+    return paths.map(lambda p: "/".join(p.parts[:group_by]))
+
+
+def _panorama_groups(paths: pd.Series) -> pd.Series:
+    """Return the panorama of each path, also where class folders lie between its two halves."""
+    panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
+    file = paths.map(lambda p: _without_suffix(p.name))
+    name = file.map(panorama_name)
+    # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
+    alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
+    return panorama.mask(alone & name.map(name[alone].value_counts()).eq(2), name)
+
+
+# ---------------------------------------------------------------- partition
 
 
 def _without_suffix(name: str) -> str:
@@ -703,464 +579,43 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     return combined.reset_index()
 
 
-def attach_images(
-    targets: pd.DataFrame,
-    image_dir: str | os.PathLike,
-    group_by: str | int = "panorama",
-    missing: str = "raise",
-) -> pd.DataFrame:
-    """Find each labelled image below a folder, by file name, and give it a group.
-
-    Args:
-        targets: `image` (a file name, a path below the folder, or either without its suffix) and
-            label columns.
-        image_dir: searched with all its sub-folders.
-        group_by: "panorama" (both halves together), the number of leading folders that make a
-            group (1: site, 2: site and day), or the name of a column of `targets`.
-        missing: "raise", or "skip" to leave images out; `.attrs["missing"]` then lists them.
-
-    Returns:
-        `image_path`, `group_id` and the label columns.
-
-    Raises:
-        FileNotFoundError: images are not there.
-        ValueError: a name fits several files, a name occurs twice, or `group_by` does not apply.
-    """
-    _check_choice("missing", missing, ("raise", "skip"))
-    image_dir = Path(image_dir)
-    matches = _find_images(targets["image"], image_dir)
-    several = [f"{name} ({_some(m, 3)})" for name, m in zip(targets["image"], matches) if m[1:]]
-    if several:
-        raise ValueError(
-            f"{image_dir}: {len(several)} image names fit several files, give paths below"
-            f" the folder: {_some(several)}."
-        )
-    lost = targets.loc[matches.map(len) == 0, "image"].tolist()
-    if lost and (missing == "raise" or len(lost) == len(targets)):
-        raise FileNotFoundError(
-            f"{image_dir}: {len(lost)} of {len(targets)} labelled images are not there:"
-            f" {_some(lost)}. Check the folder, or use missing='skip' to leave them out."
-        )
-    kept = targets[matches.map(len) == 1]
-    paths = matches[kept.index].str[0]
-    if paths.duplicated().any():
-        raise ValueError(f"{image_dir}: labelled twice: {_some(paths[paths.duplicated()])}.")
-    found = pd.DataFrame({"image_path": paths.map(lambda p: (image_dir / p).as_posix())})
-    found["group_id"] = _group_ids(kept, paths, group_by)
-    columns = [c for c in kept.columns if c not in ("image", group_by)]
-    found = pd.concat([found, kept[columns]], axis=1).reset_index(drop=True)
-    found.attrs["missing"] = lost
-    return found
+def read_table(path: str | os.PathLike) -> pd.DataFrame:
+    """Read a CSV as stripped text; its index is the line in the file less 2."""
+    text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
+    try:
+        table = pd.read_csv(path, encoding="utf-8-sig", **text).fillna("")
+    except ValueError as error:  # pandas' own errors and UnicodeDecodeError
+        problem = f"no CSV with a header, a label column and equal rows ({str(error).strip()})."
+        raise ValueError(f"{path}: {problem}") from None
+    table = table.apply(lambda column: column.str.strip())
+    names = table.iloc[0].tolist()
+    if len(set(names)) < len(names) or "" in names[1:]:
+        raise _bad_line(path, 1, f"a column without a name or twice: {_some(names)}")
+    table = table.iloc[1:].set_axis(names, axis=1).reset_index(drop=True)
+    return table[(table != "").any(axis=1)]
 
 
-def _find_images(images: pd.Series, image_dir: Path) -> pd.Series:
-    """Return for each image name the files it fits, relative to `image_dir`."""
-    by_name: dict[str, list[Path]] = {}
-    for path in list_images(image_dir):
-        for name in {path.name, path.stem}:
-            by_name.setdefault(name, []).append(path.relative_to(image_dir))
-
-    def fitting(image: str) -> list[Path]:
-        folders = Path(image).parts[:-1]
-        found = by_name.get(Path(image).name, [])
-        return [p for p in found if p.parts[-len(folders) - 1 : -1] == folders]
-
-    return images.map(fitting)
-
-
-def _panorama_groups(paths: pd.Series) -> pd.Series:
-    """Return the panorama of each path, also where class folders lie between its two halves."""
-    panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
-    file = paths.map(lambda p: _without_suffix(p.name))
-    name = file.map(panorama_name)
-    # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
-    alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
-    return panorama.mask(alone & name.map(name[alone].value_counts()).eq(2), name)
-
-
-def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> pd.Series:
-    if isinstance(group_by, str) and group_by in targets.columns:
-        return targets[group_by].astype(str)
-    if group_by == "panorama":
-        return _panorama_groups(paths)
-    if not isinstance(group_by, int) or group_by < 1:
-        wanted = f"'panorama', a number of folders or a column of {_some(targets.columns)}"
-        raise ValueError(f"group_by={group_by!r}: expected {wanted}.")
-    shallow = [p for p in paths if len(p.parts) <= group_by]
-    if shallow:
-        problem = f"{len(shallow)} images lie less than {group_by} folders deep: {_some(shallow)}"
-        raise ValueError(f"group_by={group_by}: {problem}.")
-    return paths.map(lambda p: "/".join(p.parts[:group_by]))
-
-
-# ---------------------------------------------------------------- back to Labelbox
-
-
-def _read_questions(path: str | os.PathLike) -> tuple[dict[str, set], dict[str, dict]]:
-    """Return the data rows by name, and each question with the options that the export holds."""
-    rows, questions = {}, {}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        where, line = f"{path}, line {number}", line.decode("utf-8-sig", "replace")
-        if not line.strip():
-            continue
-        row = _parse_row(line, where)
-        _checked_answers(row, where)
-        key = next((k for k in ("global_key", "id") if row["data_row"].get(k)), None)
-        if not key:
-            raise ValueError(f"{where}: data_row has no 'id' or 'global_key'; export it again.")
-        names = [row["data_row"]["external_id"], row["data_row"].get("global_key")]
-        for name in dict.fromkeys(name for name in names if name):
-            found = "globalKey" if key == "global_key" else "id", row["data_row"][key]
-            rows.setdefault(name, set()).add(found)
-        for label in (label for p in row["projects"].values() for label in p.get("labels") or []):
-            items = label.get("annotations", {}).get("classifications") or []
-            for question, kind, above, item, answer in _walk_answers(items):
-                fresh = {"kind": kind, "above": above, "item": item, "options": {}}
-                node = questions.setdefault(question, fresh)
-                if (node["kind"], node["above"]) != (kind, above):
-                    problem = f"{question!r} is asked as {node['kind']} and as {kind}"
-                    raise ValueError(f"{where}: {problem}; export one project at a time.")
-                if kind != "text":
-                    node["options"].setdefault(answer["name"], answer)
-    for question, node in questions.items():
-        grades = [(int(found[1]), o) for o in node["options"] if (found := _GRADE.match(o))]
-        node["grades"] = dict(reversed(grades))  # the first option of a grade wins
-        whole = grades or node["kind"] == "text"
-        options = {question: None} if whole else {f"{question} / {o}": o for o in node["options"]}
-        node["labels"] = options
-    return rows, questions
-
-
-def _choose(node: dict, cells: dict, threshold: float, floors: dict, absent: int | None) -> dict:
-    """Return {option: (confidence, is present)} for a question that is no text."""
-    chosen = {}
-    for label, option in node["labels"].items():
-        value = cells.get(label)
-        if pd.isna(value):
-            continue
-        prob, present = cells.get(f"{label}_prob", value), value >= threshold
-        if option is None and present:
-            wanted = min((g for g, floor in floors.items() if prob >= floor), default=max(floors))
-            nearest = min(set(node["grades"]) & set(floors), key=lambda g: (abs(g - wanted), -g))
-            chosen[node["grades"][nearest]] = prob, True
-        elif option is None and absent in node["grades"]:
-            chosen[node["grades"][absent]] = 1 - prob, False
-        elif option is not None and present:
-            chosen[option] = prob, True
-    if node["kind"] == "radio" and chosen:
-        best = max(chosen, key=lambda option: chosen[option][0])
-        return {best: chosen[best]}
-    return chosen
-
-
-def _answers(
-    questions: dict[str, dict], above: tuple | None, cells: dict, by: str, *rule
-) -> Iterator[tuple[str, dict]]:
-    """Yield (question, its import object) for the questions right below `above`."""
-
-    def named(feature: dict) -> dict:
-        schema_id = feature.get("feature_schema_id") if by == "schemaId" else None
-        return {"schemaId": schema_id} if schema_id else {"name": feature["name"]}
-
-    for question, node in questions.items():
-        if node["above"] != above:
-            continue
-        if node["kind"] == "text":
-            if not pd.isna(cells.get(question)):
-                yield question, named(node["item"]) | {"answer": str(cells[question])}
-            continue
-        given = []
-        for option, (confidence, present) in _choose(node, cells, *rule).items():
-            answer = named(node["options"][option]) | {"confidence": round(float(confidence), 6)}
-            below = question, None if _GRADE.match(option) else option
-            nested = _answers(questions, below, cells, by, *rule) if present else ()
-            nested = [child for _, child in nested]
-            given.append(answer | ({"classifications": nested} if nested else {}))
-        if given:
-            content = given if node["kind"] == "checklist" else given[0]
-            yield question, named(node["item"]) | {"answer": content}
-
-
-def _match_rows(images: pd.Series, rows: dict[str, set], path: str | os.PathLike) -> list[tuple]:
-    """Return ("globalKey" or "id", value) of each image, by its name or its file name."""
-    images = images.astype(str)
-    found = [rows.get(name) or rows.get(Path(name).name) or set() for name in images]
-    keys = pd.Series([tuple(sorted(keys)) for keys in found], index=images.index)
-    for problem, what in [
-        (keys.map(len) == 0, "not in the export, leave them out or export them as well"),
-        (keys.map(len) > 1, "several data rows of one name, give their global keys as image"),
-        (keys.duplicated(), "predicted twice, expected one row an image"),
-    ]:
-        if problem.any():
-            raise ValueError(f"{path}: {what}: {_some(images[problem])}.")
-    return [key[0] for key in keys]
-
-
-def _check_cells(
-    predictions: pd.DataFrame, questions: dict[str, dict], floors: dict, path: str | os.PathLike
-) -> None:
-    nodes = {label: node for node in questions.values() for label in node["labels"]}
-    nodes = {c: n for c, n in nodes.items() if not n["grades"] or set(n["grades"]) & set(floors)}
-    columns = [c for c in predictions if c != "image" and c.removesuffix("_prob") not in nodes]
-    unknown = [column for column in columns if column not in nodes]
-    if unknown:
-        hint = "drop or rename them"
-        raise ValueError(f"{path}: no answer shows the labels {_some(unknown)}; {hint}.")
-    for column in [c for c in predictions if c != "image"]:
-        if nodes.get(column, nodes.get(column.removesuffix("_prob")))["kind"] == "text":
-            continue
-        values = pd.to_numeric(predictions[column], errors="coerce")
-        wrong = predictions[predictions[column].notna() & ~values.between(0, 1)]
-        for image, value in zip(wrong["image"], wrong[column]):
-            problem = f"{column}={value!r}, expected 0 to 1, or NaN for unknown"
-            raise ValueError(f"predictions of {image}: {problem}.")
-
-
-def write_labelbox(
-    predictions: pd.DataFrame,
-    export_path: str | os.PathLike,
-    path: str | os.PathLike,
-    threshold: float = 0.5,
-    grade_floors: dict[int, float] | None = None,
-    absent: int | None = 0,
-    by: str = "name",
-) -> int:
-    """Write predictions as pre-labels that Labelbox imports, one question (a JSON object) a line.
-
-    A present label is answered with its option, or, where the question is graded, with the most
-    certain grade whose floor its probability reaches; of a grade that the export never uses, with
-    the nearest one it does (the less certain of two). An absent label is no answer, except where
-    its question has an option of grade `absent`, whose confidence is 1 - probability. NaN writes
-    nothing. A radio question takes its most probable present option. A nested answer is written
-    only below a present answer, as Labelbox cannot hold it elsewhere. Descriptive options of a
-    graded question ("Foreground") are never answered.
-
-    Args:
-        predictions: `image` (external id, global key, or a path that ends in one) and a column a
-            label, named as `read_labelbox` names it: a probability, 0 or 1, or NaN. Where
-            LABEL_prob stands beside LABEL, as in `Classifier.predict`, LABEL decides and
-            LABEL_prob is the confidence. A column named like a text question holds texts.
-        export_path: the Labelbox v2 export that the labels were read from; it gives the data rows
-            and says which question and option a label is.
-        path: the NDJSON file to write; the same input gives the same bytes.
-        threshold: a label is present from this value on.
-        grade_floors: the least probability of each grade; None takes {1: 0.9, 2: 0.7, 3: 0.0}.
-        absent: the grade that means absent; None never answers an absent label.
-        by: "name" fits any project that asks these questions; "schemaId" only the exported one.
-
-    Returns:
-        The number of lines.
-
-    Raises:
-        ValueError: an image that the export does not hold, holds several times, or that is
-            predicted twice; a column that is no label; a value outside 0..1; no v2 export.
-    """
-    _check_choice("by", by, ("name", "schemaId"))
-    if "image" not in predictions.columns:
-        raise ValueError("predictions: no column 'image'; expected image and one column a label.")
-    floors = grade_floors or {1: 0.9, 2: 0.7, 3: 0.0}
-    rows, questions = _read_questions(export_path)
-    keys = _match_rows(predictions["image"], rows, export_path)
-    _check_cells(predictions, questions, floors, export_path)
-    lines = []
-    for key, cells in zip(keys, predictions.to_dict("records")):
-        for question, found in _answers(questions, None, cells, by, threshold, floors, absent):
-            name = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([*key, question]))
-            lines.append(found | {"dataRow": dict([key]), "uuid": str(name)})
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-    return len(lines)
-
-
-def _walk_import(items: list[dict], names: dict[str, str], prefix: str = "") -> Iterator[dict]:
-    """Yield each answer of import objects as {question, kind, answer, confidence}."""
-    for item in items:
-        question, given = prefix + (item.get("name") or names[item["schemaId"]]), item["answer"]
-        if isinstance(given, str):
-            yield {"question": question, "kind": "text", "answer": given, "confidence": None}
-            continue
-        kind = "checklist" if isinstance(given, list) else "radio"
-        for answer in given if isinstance(given, list) else [given]:
-            option = answer.get("name") or names[answer["schemaId"]]
-            base = {"question": question, "kind": kind, "answer": option}
-            yield base | {"confidence": answer.get("confidence")}
-            below = question if _GRADE.match(option) else f"{question} / {option}"
-            yield from _walk_import(answer.get("classifications") or [], names, f"{below} / ")
-
-
-def read_labelbox_import(path: str | os.PathLike, export_path: str | os.PathLike) -> pd.DataFrame:
-    """Read pre-labels as `read_labelbox` reads an export, so that `to_targets` takes them.
-
-    Returns:
-        The columns of `read_labelbox` and confidence (NaN for texts); `image` is the external id
-        or global key, `annotator` is None. Images without any answer have no line.
-
-    Raises:
-        ValueError: a line is no import of this export; names file, line and what was expected.
-    """
-    rows, questions = _read_questions(export_path)
-    images = {key: name for name, keys in reversed(rows.items()) for key in keys}
-    features = [f for n in questions.values() for f in [n["item"], *n["options"].values()]]
-    names = {feature.get("feature_schema_id"): feature["name"] for feature in features}
-    records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        try:
-            item = json.loads(line)
-            (key,) = item["dataRow"].items()
-            base = {"image": images[key], "data_row_id": key[1], "project": "import"}
-            base |= {"annotator": None, "label_id": f"import of {key[1]}", "judged": True}
-            records += [base | answer for answer in _walk_import([item], names)]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            hint = f"expected an answer to a data row of {export_path}"
-            raise ValueError(f"{path}, line {number}: {hint} ({error!r}).") from None
-    columns = ["image", "data_row_id", "project", "annotator", "label_id", "judged"]
-    columns += ["question", "kind", "answer", "confidence"]
-    answers = pd.DataFrame(records, columns=columns)
-    return _name_labels(answers, [], "keep", ())
-
-
-# ---------------------------------------------------------------- partition
-
-
-def group_stratified_split(
-    df: pd.DataFrame,
-    label_columns: Sequence[str],
-    group_col: str = "group_id",
-    ratios: Sequence[float] = (0.7, 0.15, 0.15),
-    seed: int = 42,
-) -> dict[str, pd.DataFrame]:
-    """Split rows into train, val and test with whole groups and alike label rates.
-
-    Iterative stratification of the groups (Sechidis et al., ECML PKDD 2011) gives the start;
-    swaps of two groups that bring every part's label rates closer to the overall ones refine it.
-    Unknown cells (NaN) count neither as present nor as absent.
-
-    Returns:
-        {"train", "val", "test"} → rows of `df`, in their order. Warns of labels that fewer than 3
-        groups show, which no split can put into every part, and of labels without a judged cell
-        in some part.
-
-    Raises:
-        ValueError: fewer groups than parts, a row without a group, or ratios that are not three
-            positive numbers.
-    """
-    share = np.array(ratios, float)
-    if share.shape != (3,) or (share <= 0).any():
-        raise ValueError(f"ratios={ratios}: expected three positive numbers (train, val, test).")
-    if df[group_col].isna().any():
-        raise ValueError(f"{int(df[group_col].isna().sum())} rows have no {group_col}.")
-    group, names = pd.factorize(df[group_col])
-    if len(names) < 3:
-        raise ValueError(f"{len(names)} groups cannot fill 3 parts; group by something finer.")
-    values = df[list(label_columns)].to_numpy(float)
-    sums = pd.DataFrame(np.hstack([values >= 0.5, ~np.isnan(values)]).astype(float))
-    positive, known = np.hsplit(sums.groupby(group).sum().to_numpy(), 2)  # each (G, L)
-    rare = [f"{c} ({n})" for c, n in zip(label_columns, (positive > 0).sum(0)) if n < 3]
-    if rare:
-        warnings.warn(f"Labels present in fewer than 3 groups: {_some(rare)}.", stacklevel=2)
-    share /= share.sum()
-    sparse = np.isnan(values).any(0)  # of these labels the judged cells are dealt as well
-    dealt = np.hstack([positive > 0, (known > positive)[:, sparse]])
-    start = IterativeStratification(dealt, share, np.random.RandomState(seed))
-    for i in range(3):
-        if not (start == i).any():  # very few groups: no part may stay empty
-            start[np.flatnonzero(start == np.bincount(start).argmax())[0]] = i
-    part = _refine_split(start, positive, known, np.bincount(group), share, seed)
-    judged = np.stack([known[part == i].sum(0) for i in range(3)]) > 0  # (3, L)
-    lost = [c for c, found in zip(label_columns, judged.T) if found.any() and not found.all()]
-    if lost:
-        warnings.warn(f"Labels that nobody judged in some part: {_some(lost)}.", stacklevel=2)
-    part = part[group]
-    parts = {name: df[part == i] for i, name in enumerate(("train", "val", "test"))}
-    n_found = sum(rows[group_col].nunique() for rows in parts.values())
-    assert n_found == len(names), "a group is in two parts"
-    return parts
-
-
-def _split_cost(totals: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Return how unlike the parts are; totals (..., 3, 2L + 1) as in `_refine_split`."""
-    deviation, known = np.split(totals[..., :-1], 2, axis=-1)
-    total = known.sum(-2, keepdims=True)
-    expected = share[:, None] * total
-    sparse = total < totals[..., -1:].sum(-2, keepdims=True)  # some cells unknown
-    enough = np.where(sparse, np.maximum(known, expected), known)  # few cells are no good rate
-    deviation = deviation / np.maximum(enough, 1)
-    unjudged = (sparse * ((known - expected) / np.maximum(total, 1)) ** 2).sum((-1, -2))
-    size_error = totals[..., -1] / totals[..., -1].sum(-1, keepdims=True) - share
-    worst = np.abs(deviation).max((-1, -2))
-    return (deviation**2).sum((-1, -2)) + 4 * worst**2 + unjudged + (size_error**2).sum(-1)
-
-
-def _refine_split(
-    part: np.ndarray,
-    positive: np.ndarray,
-    known: np.ndarray,
-    size: np.ndarray,
-    share: np.ndarray,
-    seed: int,
-) -> np.ndarray:
-    """Return `part` (G,) after the best of 64 random swaps, if it helps, in each of 800 rounds."""
-    rng = np.random.default_rng(seed)
-    rate = positive.sum(0) / np.maximum(known.sum(0), 1)
-    # A part's deviation is its sum of `positive - rate * known` over its number of known cells.
-    features = np.hstack([positive - rate * known, known, size[:, None]])  # (G, 2L + 1)
-    totals = np.stack([features[part == i].sum(0) for i in range(len(share))])  # (3, 2L + 1)
-    best = _split_cost(totals, share)
-    for _ in range(800):
-        i, j = rng.integers(len(part), size=(2, 64))
-        i, j = i[part[i] != part[j]], j[part[i] != part[j]]
-        if not len(i):
-            continue
-        swapped = np.repeat(totals[None], len(i), axis=0)
-        swapped[np.arange(len(i)), part[i]] += features[j] - features[i]
-        swapped[np.arange(len(i)), part[j]] -= features[j] - features[i]
-        costs = _split_cost(swapped, share)
-        k = costs.argmin()
-        if costs[k] < best:
-            best, totals = costs[k], swapped[k]
-            part[i[k]], part[j[k]] = part[j[k]], part[i[k]]
-    return part
-
-
-def label_distribution(
-    parts: dict[str, pd.DataFrame], label_columns: Sequence[str]
-) -> pd.DataFrame:
-    """Count each label in each part.
-
-    Returns:
-        One line a label and part: label, part, present, absent, unknown, rate (present among
-        known) and deviation, the part's rate less the overall rate in percentage points.
-    """
-    long = pd.concat(parts, names=["part"])[list(label_columns)]
-    long = long.melt(var_name="label", ignore_index=False)
-    value = long["value"]
-    cells = {"present": value >= 0.5, "absent": value < 0.5, "unknown": value.isna()}
-    counts = long.assign(**cells).groupby(["label", "part"], sort=False)[list(cells)].sum()
-    known = counts["present"] + counts["absent"]
-    overall = counts.groupby("label", sort=False).transform("sum")
-    overall = overall["present"] / (overall["present"] + overall["absent"])
-    counts["rate"] = counts["present"] / known
-    counts["deviation"] = 100 * (counts["rate"] - overall)
-    return counts.reset_index()
+def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.DataFrame:
+    """Turn the text of `read_table` into 1, 0, NaN (empty) and, if `soft`, values between."""
+    values = cells.apply(pd.to_numeric, errors="coerce")
+    good = ((values >= 0) & (values <= 1)) if soft else values.isin([0, 1])
+    wrong = np.argwhere((~good & (cells != "")).to_numpy())
+    if len(wrong):
+        line, name = cells.index + 2, cells.columns
+        found = _some([f"line {line[r]}, {name[c]}: {cells.iloc[r, c]!r}" for r, c in wrong])
+        expected = "0 to 1" if soft else "0, 1"
+        raise ValueError(f"{path}: expected {expected} or an empty cell, found {found}.")
+    return values.astype(float)
 
 
 def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
-    """Read a partition CSV.
-
-    Returns:
-        The rows, with `image_path` leading from the working directory, and the label columns.
-
-    Raises:
-        FileNotFoundError: the file is missing; names the notebook that makes it.
-        ValueError: a column is missing or a label cell lies outside 0..1.
-    """
+    """Return the rows of a partition CSV, paths seen from the working directory, and its labels."""
     path = _need_file(path, "run partitioning.ipynb to make it")
-    df = _read_table(path)
+    df = read_table(path)
     labels = [column for column in df.columns if column not in NOT_LABELS]
     if not labels or not set(NOT_LABELS) <= set(df.columns):
         raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
-    df = df.assign(**_parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
+    df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
     paths = [os.path.normpath(path.parent / p) for p in df["image_path"]]
     return df.assign(image_path=[Path(p).as_posix() for p in paths]), labels
 
@@ -1168,27 +623,18 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
 def load_parts(
     folder: str | os.PathLike, names: Sequence[str] = PARTS
 ) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Read the partitions of `folder`.
-
-    Returns:
-        {name: rows} as `read_partition` gives them, and the label columns, the same in all.
-
-    Raises:
-        FileNotFoundError: one is missing; says which notebook makes it.
-        ValueError: parts with other labels, or a group that stands in two parts.
-    """
+    """Read the partitions of `folder` and their labels; no group may stand in two parts."""
     paths = {name: Path(folder) / f"{name}_partition.csv" for name in names}
     read = {name: read_partition(path) for name, path in paths.items()}
-    first, labels = names[0], read[names[0]][1]
+    labels = read[names[0]][1]
     for name, (_, own) in read.items():
         if own != labels:
             other = _some(sorted(set(own) ^ set(labels))) or "in another order"
-            raise ValueError(f"{paths[name]}: other labels than {paths[first].name}: {other}.")
+            raise ValueError(f"{paths[name]}: other labels than {paths[names[0]].name}: {other}.")
     parts = {name: table for name, (table, _) in read.items()}
     for one, two in itertools.combinations(names, 2):
-        shared = set(parts[one]["group_id"]) & set(parts[two]["group_id"])
-        if shared:
-            problem = f"group {_some(sorted(shared, key=str))} is in {one} and in {two}"
+        if shared := set(parts[one]["group_id"]) & set(parts[two]["group_id"]):
+            problem = f"group {_some(sorted(shared))} is in {one} and in {two}"
             raise ValueError(f"{folder}: {problem}; run partitioning.ipynb again.")
     return parts, labels
 
@@ -1198,50 +644,6 @@ def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
     relative = [Path(os.path.relpath(p, Path(path).parent)).as_posix() for p in df["image_path"]]
     with replacing(path) as temporary:
         df.assign(image_path=relative).to_csv(temporary, index=False)
-
-
-def _image_hash(path: str | os.PathLike) -> np.ndarray | str:
-    import imagehash
-
-    try:
-        return imagehash.phash(open_image(path, (64, 64))).hash.ravel()
-    except OSError as error:
-        return str(error)
-
-
-def find_near_duplicates(
-    paths: Sequence[str | os.PathLike],
-    max_distance: int = 8,
-    unreadable: str = "raise",
-    n_jobs: int = -1,
-) -> pd.DataFrame:
-    """Find pairs of images that look the same, by 64-bit perceptual hash (imagehash.phash).
-
-    Args:
-        max_distance: most bits of 64 in which two hashes may differ.
-        unreadable: "raise", or "skip" to list files that cannot be read in `.attrs["unreadable"]`.
-
-    Returns:
-        One line a pair: first, second (positions in `paths`), distance in bits; closest first.
-    """
-    _check_choice("unreadable", unreadable, ("raise", "skip"))
-    jobs = tqdm([delayed(_image_hash)(path) for path in paths], desc="hashing", leave=False)
-    hashes = Parallel(n_jobs, prefer="threads")(jobs)  # decoding releases the interpreter lock
-    errors = [found for found in hashes if isinstance(found, str)]
-    if errors and unreadable == "raise":
-        raise OSError(f"{len(errors)} images cannot be read: {_some(errors)}")
-    readable = np.array([i for i, found in enumerate(hashes) if not isinstance(found, str)], int)
-    bits = np.array([hashes[i] for i in readable], bool).reshape(-1, 64)
-    bits = np.packbits(bits, axis=1).view(np.uint64)[:, 0]
-    pairs = [np.empty((0, 3), int)]
-    for start in range(0, len(bits), 1024):  # a block of rows at a time bounds the memory
-        distance = np.bitwise_count(bits[start : start + 1024, None] ^ bits[start:])
-        i, j = np.nonzero(np.triu(distance <= max_distance, 1))
-        pairs.append(np.stack([readable[i + start], readable[j + start], distance[i, j]], axis=1))
-    table = pd.DataFrame(np.concatenate(pairs), columns=["first", "second", "distance"])
-    table = table.sort_values(["distance", "first", "second"], ignore_index=True)
-    table.attrs["unreadable"] = errors
-    return table
 
 
 # ---------------------------------------------------------------- data

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import checklist, data_row, labelled, radio, text
+from conftest import checklist, data_row, labelled, load_notebook_functions, radio, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,13 +19,13 @@ from data_utils import (
     combine_halves,
     list_images,
     read_class_folders,
-    read_csv_labels,
     read_labelbox,
     read_partition,
     to_targets,
     write_partition,
 )
 
+read_csv_labels = load_notebook_functions("partitioning").read_csv_labels
 NAN = float("nan")
 SURE, LIKELY, MAYBE = "1 - Definitely", "2 - Likely", "3 - Maybe"
 QUIET = settings(

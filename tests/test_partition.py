@@ -6,18 +6,17 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import load_notebook_functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from data_utils import (
-    find_near_duplicates,
-    group_stratified_split,
-    label_distribution,
-    load_parts,
-    write_partition,
-)
+from data_utils import load_parts, write_partition
 
+notebook = load_notebook_functions("partitioning")
+find_near_duplicates = notebook.find_near_duplicates
+group_stratified_split = notebook.group_stratified_split
+label_distribution = notebook.label_distribution
 NAN = float("nan")
 PARTS = ["train", "val", "test"]
 
@@ -260,6 +259,32 @@ def test_unreadable_files_are_named_or_skipped(pictures, tmp_path):
     assert pairs[["first", "second"]].values.tolist() == [[1, 2]]  # positions in `paths`
     first, second = pairs.attrs["unreadable"]
     assert "broken.jpg" in first and "gone.jpg" in second
+
+
+def test_pictures_without_content_are_no_duplicates(tmp_path):
+    """A hash of nothing but noise and a slope of light says nothing: skies all look alike."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    slope = np.linspace(180, 200, 64)[:, None, None]
+    for path in paths[:3]:
+        sky = slope + rng.normal(0, 0.5, (64, 64, 3))
+        Image.fromarray(sky.astype(np.uint8)).save(path)
+    scene(0).save(paths[3])
+    assert notebook.image_hash(paths[0]) is None
+    pairs = find_near_duplicates([*paths, paths[3]], max_distance=64, n_jobs=1)
+    assert pairs.values.tolist() == [[3, 4, 0]]
+
+
+def test_pairs_are_those_of_comparing_every_two_hashes():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2, (300, 64)).astype(bool)
+    bits[150:] = bits[:150] ^ (rng.random((150, 64)) < 0.06)
+    bits[7] = bits[11]
+    differ = (bits[:, None] != bits[None]).sum(-1)
+    expected = [(differ[i, j], i, j) for i, j in zip(*np.triu_indices(300, 1)) if differ[i, j] < 7]
+    found = notebook.close_pairs(bits, 6)[["distance", "first", "second"]]
+    assert found.values.tolist() == [list(map(int, pair)) for pair in sorted(expected)]
+    assert len(found) > 100
 
 
 @pytest.mark.parametrize("n", [0, 1])

@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import data_row, labelled, radio
+from conftest import data_row, labelled, load_notebook_functions, radio
 from PIL import Image
 
 import data_utils as du
 
+partitioning = load_notebook_functions("partitioning")
 NAN = float("nan")
 SURE, LIKELY, UNLIKELY, ASIDE = "1 - Definitely", "2 - Likely", "4 - Unlikely", "Foreground"
 
@@ -57,7 +58,7 @@ def test_labelbox_question_of_another_project_and_unticked_question(write_ndjson
 def test_empty_csv_cells_are_left_out_of_the_share(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("photo,Sun,Sea\na,1,\nb,,0\nc,0,\nd,1,1\ne,,\n", encoding="utf-8")
-    targets = du.read_csv_labels(path)
+    targets = partitioning.read_csv_labels(path)
     # Sun 1 - 0 1 -: 2 of 3 (as absent 2 of 5). Sea - 0 - 1 -: 1 of 2 (as absent 1 of 5)
     assert targets[["Sun", "Sea"]].mean().tolist() == pytest.approx([2 / 3, 1 / 2])
 
@@ -65,7 +66,7 @@ def test_empty_csv_cells_are_left_out_of_the_share(tmp_path):
 def test_empty_list_in_a_csv_is_no_list_of_absent_labels(tmp_path):
     path = tmp_path / "lists.csv"
     path.write_text('photo,shows\na,"sun,sea"\nb,\nc,sun\nd,sea\ne,\n', encoding="utf-8")
-    targets = du.read_csv_labels(path)
+    targets = partitioning.read_csv_labels(path)
     # a, c, d: 2 of 3 each (as absent 2 of 5)
     assert targets[["sun", "sea"]].mean().tolist() == pytest.approx([2 / 3, 2 / 3])
 
@@ -103,7 +104,7 @@ def test_attached_images_keep_what_is_unknown(tmp_path):
 def test_every_part_has_the_label_rate_of_the_judged_photos():
     df = pd.DataFrame({"group_id": [f"g{i}" for i in range(36)]})
     df["Sun"] = [1, NAN, NAN, 0, NAN, NAN] * 3 + [NAN, NAN, 0, NAN, 1, NAN] * 3
-    parts = du.group_stratified_split(df, ["Sun"], ratios=(1, 1, 1), seed=1)
+    parts = partitioning.group_stratified_split(df, ["Sun"], ratios=(1, 1, 1), seed=1)
     # 6 present and 6 absent of 36: 6 / 12 (as absent 6 / 36, whatever the judged cells say)
     assert [part["Sun"].mean() for part in parts.values()] == [1 / 2, 1 / 2, 1 / 2]
 
@@ -114,7 +115,7 @@ def test_sparsely_judged_label_is_judged_in_every_part(seed):
     df = pd.DataFrame((rng.random((400, 5)) < 0.3).astype(float), columns=list("abcde"))
     df["group_id"] = [f"g{i // 2}" for i in range(400)]
     df.loc[40:, "e"] = NAN  # 20 of 200 groups
-    parts = du.group_stratified_split(df, list("abcde"), seed=seed)
+    parts = partitioning.group_stratified_split(df, list("abcde"), seed=seed)
     assert all(part["e"].notna().any() for part in parts.values())
     assert min(part["a"].mean() for part in parts.values()) > df["a"].mean() - 0.03
 
@@ -123,13 +124,13 @@ def test_label_that_a_part_cannot_judge_is_named():
     df = pd.DataFrame({"group_id": list("abcdef"), "Sun": [1.0, 0, 1, 0, 1, 0]})
     df["Sea"] = [1.0, NAN, NAN, NAN, NAN, NAN]
     with pytest.warns(UserWarning, match="nobody judged in some part: Sea"):
-        du.group_stratified_split(df, ["Sun", "Sea"], ratios=(1, 1, 1))
+        partitioning.group_stratified_split(df, ["Sun", "Sea"], ratios=(1, 1, 1))
 
 
 def test_label_rate_and_deviation_are_among_judged_cells():
     train, test = [1, NAN, 0.7, NAN, 0, NAN], [NAN, 0, 1, 0]
     parts = {"train": pd.DataFrame({"Sun": train}), "test": pd.DataFrame({"Sun": test})}
-    found = du.label_distribution(parts, ["Sun"])
+    found = partitioning.label_distribution(parts, ["Sun"])
     # 2 of 3 and 1 of 3, overall 3 of 6 (as absent 2 of 6 and 1 of 4, overall 3 of 10)
     assert found["rate"].tolist() == pytest.approx([2 / 3, 1 / 3])
     assert found["deviation"].tolist() == pytest.approx([100 / 6, -100 / 6])
@@ -359,7 +360,7 @@ def test_six_photos_from_the_export_to_the_thresholds(write_ndjson, tmp_path):
     put_images(tmp_path, *(f"{image}.jpg" for image in "ABCDEF"))
     du.write_partition(du.attach_images(targets, tmp_path), tmp_path / "val.csv")
     df, labels = du.read_partition(tmp_path / "val.csv")
-    found = du.label_distribution({"val": df}, labels)
+    found = partitioning.label_distribution({"val": df}, labels)
     assert found[["present", "absent", "unknown"]].values.tolist() == [[2, 2, 2], [1, 2, 3]]
     data = du.DataPartition(df, labels)
     assert np.isnan([data[i][1].numpy() for i in range(6)]).sum() == 2 + 3
