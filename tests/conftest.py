@@ -32,6 +32,7 @@ NOTEBOOKS = [
     "mldecoder",
     "classifier",
     "relabeling",
+    "labelbox",
     "pretraining",
     "tuning",
 ]
