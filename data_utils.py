@@ -9,12 +9,10 @@ A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (s
 
 import contextlib
 import copy
-import csv
 import difflib
 import functools
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import os
@@ -44,7 +42,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
-from sklearn.metrics import fbeta_score, pairwise_distances_argmin_min
+from sklearn.metrics import fbeta_score
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
@@ -75,8 +73,6 @@ __all__ = [
     "Trainer",
     "TriStateMixup",
     "annotator_agreement",
-    "append_decision",
-    "apply_decisions",
     "attach_images",
     "base_rate_logits",
     "build_model",
@@ -88,8 +84,6 @@ __all__ = [
     "feature_layout",
     "find_near_duplicates",
     "find_optimal_thresholds",
-    "find_wrong_classes",
-    "find_wrong_labels",
     "fit_probe",
     "gains_by_channels_last",
     "group_stratified_split",
@@ -107,12 +101,9 @@ __all__ = [
     "patch_features",
     "plot_comparison",
     "plot_history",
-    "rank_for_labelling",
     "read_class_folders",
     "read_csv_labels",
-    "read_decisions",
     "read_labelbox",
-    "read_labelbox_import",
     "read_partition",
     "read_tuned",
     "replacing",
@@ -123,7 +114,6 @@ __all__ = [
     "to_panorama_level",
     "to_targets",
     "use_probe",
-    "write_labelbox",
     "write_partition",
 ]
 
@@ -937,7 +927,7 @@ def _seed_by_rank(worker: int) -> None:
 # ---------------------------------------------------------------- features, out of fold
 
 
-def _patches(images: torch.Tensor, side: int) -> torch.Tensor:
+def _patches(images: torch.Tensor, side: int = 6) -> torch.Tensor:
     """Return every second patch of (B, 3, H, W), normalised: (B, P, 3 side²)."""
     patches = F.unfold(images, side, stride=2).transpose(1, 2)
     patches = patches - patches.mean(-1, keepdim=True)
@@ -945,44 +935,28 @@ def _patches(images: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def patch_features(
-    paths: Sequence[str | os.PathLike],
-    n_components: int = 128,
-    n_filters: int = 256,
-    size: int = 64,
-    seed: int = 42,
+    paths: Sequence[str | os.PathLike], n_components: int = 128, seed: int = 42
 ) -> torch.Tensor:
-    """Describe images with neither labels nor pretrained weights (Coates et al., AISTATS 2011).
+    """Describe images (N, D) by whitened patches of themselves (Coates et al., AISTATS 2011).
 
-    Whitened random patches of the images themselves are the filters; their rectified responses are
-    averaged over a 4 × 4 grid and reduced by PCA. Weaker than a pretrained network, but ready in
-    seconds, and no label can leak through it.
-
-    Args:
-        n_components: D, at most the number of images.
-        n_filters: patches that serve as filters.
-        size: height and width to which the images are squeezed.
-
-    Returns:
-        (N, D), each column with mean 0, the first with variance 1.
+    No label and no pretrained weights. D is `n_components`, at most N; the first has variance 1.
     """
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} images: patch_features compares images, give two or more.")
-    side, rng = 6, np.random.default_rng(seed)
-    squeeze = v2.Compose([v2.Resize((size, size)), v2.PILToTensor(), v2.ToDtype(torch.float, True)])
-    images = torch.stack([squeeze(open_image(path, (size, size))) for path in paths])
-    some = images[rng.choice(len(images), min(len(images), 500), replace=False)]
-    found = _patches(some, side).flatten(0, 1)
+    squeeze = v2.Compose([v2.Resize((64, 64)), v2.PILToTensor(), v2.ToDtype(torch.float, True)])
+    images = torch.stack([squeeze(open_image(path, (64, 64))) for path in paths])
+    rng = np.random.default_rng(seed)
+    some = rng.choice(len(images), min(len(images), 500), replace=False)
+    found = _patches(images[some]).flatten(0, 1)
     found = found[rng.choice(len(found), min(len(found), 20_000), replace=False)]
     mean, (variance, axes) = found.mean(0), torch.linalg.eigh(found.T.cov())
     whiten = axes @ torch.diag((variance + 0.1).rsqrt()) @ axes.T
-    filters = F.normalize((found[:n_filters] - mean) @ whiten, dim=1)
+    filters = F.normalize((found[:256] - mean) @ whiten, dim=1)
     pooled = []
     for batch in images.split(16):
-        response = (_patches(batch, side) - mean) @ whiten @ filters.T  # (B, P, K)
-        response = torch.cat([(response - 0.5).relu(), (-response - 0.5).relu()], dim=2)
-        grid = int(response.shape[1] ** 0.5)
-        maps = response.transpose(1, 2).unflatten(2, (grid, grid))
-        pooled.append(F.adaptive_avg_pool2d(maps, 4).flatten(1))
+        maps = ((_patches(batch) - mean) @ whiten @ filters.T).mT.unflatten(2, (30, 30))
+        rectified = (torch.cat([maps, -maps], dim=1) - 0.5).relu()
+        pooled.append(F.adaptive_avg_pool2d(rectified, 4).flatten(1))
     pca = PCA(min(n_components, len(images)), svd_solver="randomized", random_state=seed)
     features = pca.fit_transform(StandardScaler().fit_transform(torch.cat(pooled).numpy()))
     return torch.from_numpy(features / max(features[:, 0].std(), 1e-6)).float()
@@ -990,245 +964,38 @@ def patch_features(
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Probabilities (N, L), each from a model that saw neither the image nor its group.
-
-    Only `out_of_fold` should make one: `folds` (N,) says in which fold a row was left out.
-    """
+    """Probabilities (N, L) of models that saw neither image nor group, made by `out_of_fold`."""
 
     probs: np.ndarray
-    folds: np.ndarray
-    groups: np.ndarray
+    folds: np.ndarray  # (N,), in which one a row was left out
+    groups: np.ndarray  # (N,)
 
     def __post_init__(self) -> None:
         if not len(self.probs) == len(self.folds) == len(self.groups):
             raise ValueError("probs, folds and groups have different lengths.")
-        spread = pd.Series(self.folds).groupby(pd.Series(self.groups)).nunique()
-        if (spread > 1).any():
-            leaks = _some(spread.index[spread > 1])
-            raise ValueError(f"not out of fold: {leaks} stand in several folds; use out_of_fold.")
+        leaks = pd.Series(self.folds).groupby(self.groups).nunique().loc[lambda n: n > 1].index
+        if len(leaks):
+            raise ValueError(f"not out of fold: {_some(leaks)} stand in several folds.")
         if np.isnan(self.probs).any() or len(set(self.folds)) < 2:
             raise ValueError("not out of fold: a row was left out by no fold; use out_of_fold.")
 
 
 def out_of_fold(
-    fit_predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    groups: Sequence[str],
-    n_folds: int = 5,
-    seed: int = 42,
+    fit_predict: Callable, groups: Sequence[str], n_folds: int = 5, seed: int = 42
 ) -> OutOfFold:
-    """Predict every image with a model that was trained without its group.
-
-    Args:
-        fit_predict: (rows to train on, rows to predict) → probabilities (len(second), L).
-        groups: (N,), never divided between folds.
-        n_folds: at most the number of groups, which is leave-one-group-out.
-
-    Raises:
-        ValueError: fewer groups than folds.
-    """
-    groups = np.asarray(groups)
+    """Predict each image without its group: fit_predict(rows, held-out rows) → (held out, L)."""
+    groups, found = np.asarray(groups), []
     if len(set(groups)) < max(n_folds, 2):
         raise ValueError(f"{len(set(groups))} groups are too few for {n_folds} folds.")
-    probs, folds = None, np.full(len(groups), -1)
     splitter = GroupKFold(n_folds, shuffle=True, random_state=seed)
-    for fold, (train, held_out) in enumerate(splitter.split(groups, groups=groups)):
-        found = np.asarray(fit_predict(train, held_out))
-        if found.ndim != 2 or len(found) != len(held_out) or np.isnan(found).any():
-            expected = f"({len(held_out)}, labels) numbers, not {found.shape} or NaN"
-            raise ValueError(f"fit_predict returned something else than {expected}.")
-        probs = np.full((len(groups), found.shape[1]), np.nan) if probs is None else probs
-        probs[held_out], folds[held_out] = found, fold
-    return OutOfFold(probs, folds, groups)
-
-
-# ---------------------------------------------------------------- wrong labels and their review
-
-
-def _check_unique(images: Iterable[Any], where: str) -> None:
-    images = pd.Series(images)
-    if images.duplicated().any():
-        twice = images[images.duplicated()].unique()
-        raise ValueError(f"{where}: {len(twice)} images occur twice: {_some(twice)}; keep one row.")
-
-
-def _check_out_of_fold(oof: OutOfFold, n_images: int) -> None:
-    if not isinstance(oof, OutOfFold):
-        kind = type(oof).__name__
-        raise TypeError(f"{kind}: expected what out_of_fold returns; others have seen the labels.")
-    if len(oof.probs) != n_images:
-        raise ValueError(f"{len(oof.probs)} out-of-fold rows for {n_images} images.")
-
-
-def _masked_softmin(
-    scores: np.ndarray, known: np.ndarray, temperature: float = 0.1, **_: Any
-) -> np.ndarray:
-    """Return Σ s softmax((1 - s) / T) over the known labels (N,); 1 where none is known."""
-    weights = np.where(known, np.exp((1 - scores) / temperature), 0)
-    total = weights.sum(1)
-    return np.where(total > 0, (weights * scores).sum(1) / np.maximum(total, 1e-12), 1.0)
-
-
-def find_wrong_labels(
-    targets: np.ndarray, oof: OutOfFold, label_columns: Sequence[str], images: Sequence[Any]
-) -> pd.DataFrame:
-    """Find labels that are probably wrong by confident learning (Northcutt et al., JAIR 2021).
-
-    cleanlab judges each label on the images on which it is known, and ranks images by the softmin
-    over their known labels (Thyagarajan et al., arXiv 2211.13895).
-
-    Args:
-        targets: (N, L) as given, NaN for unknown.
-        oof: of the same N images, see `out_of_fold`.
-        images: N names, each once.
-
-    Returns:
-        A line a suspected cell, the most suspicious first: rank, image_path, label, given,
-        predicted, prob (out of fold), quality (probability of the given answer), photo_quality.
-
-    Raises:
-        TypeError: probabilities that were not made by `out_of_fold`.
-        ValueError: an image occurs twice.
-    """
-    from cleanlab.multilabel_classification.filter import find_multilabel_issues_per_class
-    from cleanlab.multilabel_classification.rank import get_label_quality_scores
-
-    _check_out_of_fold(oof, len(targets))
-    _check_unique(images, "images")
-    known, present, issues = ~np.isnan(targets), targets >= 0.5, np.zeros(targets.shape, bool)
-    for j in range(targets.shape[1]):
-        judged = np.flatnonzero(known[:, j])
-        if 0 < present[judged, j].sum() < len(judged):
-            labels = [[0] if y else [] for y in present[judged, j]]
-            probs = oof.probs[judged][:, [j]]
-            issues[judged, j] = np.ravel(find_multilabel_issues_per_class(labels, probs, n_jobs=1))
-    softmin = {"method": functools.partial(_masked_softmin, known=known)}
-    labels = [np.flatnonzero(row).tolist() for row in present]
-    if present.any() and targets.shape[1] > 1:
-        photo_quality = get_label_quality_scores(labels, oof.probs, aggregator_kwargs=softmin)
-    else:  # cleanlab wants several labels, one of them present; the formula does not
-        photo_quality = _masked_softmin(np.where(present, oof.probs, 1 - oof.probs), known)
-    i, j = np.nonzero(issues)
-    prob, answers = oof.probs[i, j], np.array(["absent", "present"])
-    table = pd.DataFrame({"image_path": np.asarray(images)[i], "label": np.array(label_columns)[j]})
-    is_given = present[i, j]
-    table["given"], table["predicted"] = answers[is_given * 1], answers[~is_given * 1]
-    table["prob"], table["quality"] = prob, np.where(is_given, prob, 1 - prob)
-    table = table.assign(photo_quality=photo_quality[i]).sort_values("quality", ignore_index=True)
-    table.insert(0, "rank", table.index + 1)
-    return table
-
-
-def find_wrong_classes(
-    targets: np.ndarray, oof: OutOfFold, classes: Sequence[str], images: Sequence[Any]
-) -> pd.DataFrame:
-    """Do the same for images with one class each; arguments and errors as `find_wrong_labels`.
-
-    Returns:
-        rank, image_path, given, predicted, prob (of predicted), quality (of given).
-    """
-    from cleanlab.filter import find_label_issues
-
-    _check_out_of_fold(oof, len(targets))
-    _check_unique(images, "images")
-    if not (np.nan_to_num(targets).sum(1) == 1).all():
-        raise ValueError("some images have not exactly one class; use find_wrong_labels.")
-    given, shares = np.nanargmax(targets, axis=1), oof.probs / oof.probs.sum(1, keepdims=True)
-    ranked_by = "self_confidence"
-    found = find_label_issues(given, shares, return_indices_ranked_by=ranked_by, n_jobs=1)
-    table = pd.DataFrame({"rank": np.arange(1, len(found) + 1)})
-    table["image_path"] = np.asarray(images)[found]
-    table["given"] = np.array(classes)[given[found]]
-    table["predicted"] = np.array(classes)[shares[found].argmax(1)]
-    return table.assign(prob=shares[found].max(1), quality=shares[found, given[found]])
-
-
-DECISIONS = {"present": 1.0, "absent": 0.0, "unsure": np.nan}
-
-
-def append_decision(path: str | os.PathLike, image: str, label: str, decision: str) -> None:
-    """Append "present", "absent" or "unsure" about a cell to a review CSV, safe on the disk."""
-    _check_choice("decision", decision, DECISIONS)
-    if "\n" in f"{image}{label}" or "\r" in f"{image}{label}":
-        raise ValueError(f"{image!r}, {label!r}: a name with a line break cannot be reviewed.")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        is_empty = file.tell() == 0
-        file.seek(-1 + is_empty, os.SEEK_END)
-        is_torn = file.read() not in (b"\n", b"")  # what a crash cut off stays on its own line
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow([image, label, decision])
-        file.write(("\n" * is_torn + line.getvalue()).encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_decisions(path: str | os.PathLike) -> pd.DataFrame:
-    """Read a review CSV: image_path, label, decision, line; a line that was cut off is named in a
-    warning and left out. No file is no decision.
-    """
-    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        cells = next(csv.reader([line]), [])
-        if len(cells) == 3 and cells[2] in DECISIONS:
-            rows.append([*cells, number])
-        elif line:
-            problem = f"{path}, line {number}: cut off, {line!r} is skipped; decide again."
-            warnings.warn(problem, stacklevel=2)
-    return pd.DataFrame(rows, columns=["image_path", "label", "decision", "line"])
-
-
-def apply_decisions(
-    path: str | os.PathLike, part: pd.DataFrame, label_columns: Sequence[str]
-) -> pd.DataFrame:
-    """Return `part` with the decisions of a review CSV; of a cell, the last one counts.
-
-    "unsure" makes a cell unknown. Lines that were cut off are skipped, see `read_decisions`.
-
-    Raises:
-        ValueError: a label or an image that `part` lacks; an image that it holds twice.
-    """
-    _check_unique(part["image_path"], "the partition")
-    row_of = {image: row for row, image in enumerate(part["image_path"])}
-    values = part[list(label_columns)].to_numpy(float, copy=True)
-    for image, label, decision, number in read_decisions(path).itertuples(index=False):
-        if label not in label_columns:
-            expected = _some(label_columns, 99)
-            raise ValueError(f"{path}, line {number}: no label {label!r}; expected {expected}.")
-        if image not in row_of:
-            problem = f"{image} is not in the partition; remove the line"
-            raise ValueError(f"{path}, line {number}: {problem}.")
-        values[row_of[image], list(label_columns).index(label)] = DECISIONS[decision]
-    return part.assign(**dict(zip(label_columns, values.T)))
-
-
-def rank_for_labelling(
-    probs: np.ndarray, features: np.ndarray, labelled: np.ndarray, n: int
-) -> pd.DataFrame:
-    """Rank unlabelled photos by entropy × distance to the nearest labelled or chosen one.
-
-    Args:
-        probs: (N, L).
-        features: (N, D), what they look like.
-        labelled: (M, D), what the labelled photos look like; M may be 0.
-
-    Returns:
-        Up to n lines, the first one to label first: candidate (a row of `probs`), entropy in bits,
-        distance (when it was chosen; 1 where nothing is labelled or chosen).
-    """
-    p = probs.clip(1e-7, 1 - 1e-7)
-    entropy = -(p * np.log2(p) + (1 - p) * np.log2(1 - p)).mean(1)
-    nearest = np.ones(len(probs))
-    if len(probs) and len(labelled):
-        nearest = pairwise_distances_argmin_min(features, labelled)[1]  # in pieces: N × M is large
-    free, lines = np.ones(len(probs), bool), []
-    for _ in range(min(n, len(probs))):
-        best = np.where(free, entropy * nearest, -1).argmax()
-        lines.append((best, entropy[best], nearest[best]))
-        free[best] = False
-        to_best = np.linalg.norm(features - features[best], axis=1)
-        nearest = np.minimum(nearest, to_best)
-    return pd.DataFrame(lines, columns=["candidate", "entropy", "distance"])
+    for train, held_out in splitter.split(groups, groups=groups):
+        probs = np.asarray(fit_predict(train, held_out))
+        if probs.ndim != 2 or len(probs) != len(held_out) or np.isnan(probs).any():
+            wanted = f"({len(held_out)}, labels) numbers: {probs.shape} or NaN"
+            raise ValueError(f"fit_predict returned something else than {wanted}.")
+        found.append(pd.DataFrame(probs, held_out))
+    table = pd.concat(found, keys=range(n_folds)).sort_index(level=1)
+    return OutOfFold(table.to_numpy(), table.index.get_level_values(0).to_numpy(), groups)
 
 
 # ---------------------------------------------------------------- heads

@@ -27,6 +27,7 @@ NOTEBOOKS = [
     "mldecoder",
     "classifier",
     "relabeling",
+    "labelbox",
     "pretraining",
     "tuning",
 ]

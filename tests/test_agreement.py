@@ -1,43 +1,19 @@
-"""Agreement of several annotators, and what becomes of their disagreement."""
+"""Agreement of several annotators (labelbox.ipynb), and what becomes of their disagreement."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import data_row, labelled, radio
 
-from data_utils import _fleiss_kappa, annotator_agreement, read_labelbox, to_targets
+from data_utils import read_labelbox, to_targets
 
 NAN = float("nan")
 SURE, LIKELY, MAYBE = "1 - Definitely", "2 - Likely", "3 - Maybe"
-# Fleiss 1971, table 1: the diagnoses of 30 patients by 6 psychiatrists each.
-DIAGNOSES = """
-444444 222555 233335 555555 222444 113333 333355 113334 114444 555555 144444 124444
-222333 144444 224445 333335 111455 111112 224444 133555 555555 244444 224555 114444 144445 222224
-111155 224444 133333 555555"""
-# The worked example of Wikipedia's article on Fleiss' kappa: 10 subjects, 14 raters, 5 categories.
-WORKED = """0 0 0 0 14  0 2 6 4 2  0 0 3 5 6  0 3 9 2 0  2 2 8 1 1
-7 7 0 0 0  3 2 6 3 0  2 5 3 2 2  6 5 2 1 0  0 2 2 3 7"""
 
 
-def test_fleiss_kappa_of_fleiss_own_table():
-    counts = [[rated.count(category) for category in "12345"] for rated in DIAGNOSES.split()]
-    assert np.sum(counts, axis=0).tolist() == [26, 26, 30, 55, 43]
-    assert _fleiss_kappa(counts) == pytest.approx(0.4302445, abs=5e-8)  # he gives 0.430
-
-
-def test_fleiss_kappa_of_the_worked_example():
-    counts = np.array(WORKED.split(), int).reshape(10, 5)
-    assert _fleiss_kappa(counts) == pytest.approx(0.210, abs=5e-4)
-
-
-def test_fleiss_kappa_with_different_numbers_of_raters_by_hand():
-    # P = (1 + 1/3 + 0) / 3 = 4/9; p = 4/7 and 3/7, Pe = 25/49
-    kappa = _fleiss_kappa([[2, 0], [1, 2], [1, 1]])
-    assert kappa == pytest.approx((4 / 9 - 25 / 49) / (24 / 49))
-
-
-def test_fleiss_kappa_of_one_category_is_nan_and_of_perfect_agreement_is_1():
-    assert np.isnan(_fleiss_kappa([[0, 3], [0, 2]]))
-    assert _fleiss_kappa([[3, 0], [0, 3]]) == 1
+@pytest.fixture
+def nb(notebook_functions):
+    return notebook_functions("labelbox")
 
 
 def said(write_ndjson, *images: dict[str, str | None]):
@@ -50,59 +26,64 @@ def said(write_ndjson, *images: dict[str, str | None]):
     return read_labelbox(write_ndjson(*rows))
 
 
-def test_two_annotators_give_cohens_kappa_by_hand(write_ndjson):
-    # both 4, only ann 1, only ben 2, none 3: Po = 7/10; Pe = (5 * 6 + 5 * 4) / 100 = 1/2
+def test_alpha_of_two_people_by_hand(nb, write_ndjson):
+    # both 4, only ann 1, only ben 2, none 3: 3 of 10 pairs differ. Of the 20 judgements 11 say
+    # present and 9 absent: two of them, drawn at random, differ in 2 · 11 · 9 / (20 · 19)
     images = [{"ann": SURE, "ben": MAYBE}] * 4 + [{"ann": LIKELY, "ben": None}]
     images += [{"ann": None, "ben": SURE}] * 2 + [{"ann": None, "ben": None}] * 3
     answers = said(write_ndjson, *images, {"ann": SURE}, {"cat": SURE})
-    (line,) = annotator_agreement(answers).to_dict("records")
-    assert line == {
-        "label": "Lily",
-        "images": 10,
-        "annotators": 2,
+    table = nb.annotator_agreement(answers)
+    assert table.index.tolist() == ["Lily"]
+    assert table.loc["Lily"].to_dict() == {
+        "photos": 10,
         "agreement": pytest.approx(0.7),
-        "statistic": "Cohen",
-        "kappa": pytest.approx(0.4),
+        "alpha": pytest.approx(1 - 0.3 / (198 / 380)),
     }
 
 
-def test_three_annotators_give_fleiss_kappa_by_hand(write_ndjson):
-    # present of judged: 2/2, 1/3, 1/2, as above with the categories swapped
-    images = [{"ann": SURE, "ben": SURE}, {"ann": SURE, "ben": None, "cat": None}]
-    answers = said(write_ndjson, *images, {"ben": MAYBE, "cat": None}, {"cat": SURE})
-    (line,) = annotator_agreement(answers).to_dict("records")
-    assert (line["images"], line["annotators"], line["statistic"]) == (3, 3, "Fleiss")
-    assert line["agreement"] == pytest.approx(4 / 9)
-    assert line["kappa"] == pytest.approx((4 / 9 - 25 / 49) / (24 / 49))
+def test_alpha_of_three_people_with_gaps_by_hand(nb):
+    # Pairs that differ: none, 2 of 3, 1 of 1, none; the last photo has one judgement only.
+    # Krippendorff weighs each photo by its people: (2 · 0 + 3 · 2/3 + 2 · 1 + 2 · 0) / 9 differ.
+    # Of the 9 judgements 6 say present and 3 absent: by chance 2 · 6 · 3 / (9 · 8) differ.
+    judged = [[1, 1, NAN], [1, 0, 0], [NAN, 1, 0], [1, 1, NAN], [1, NAN, NAN]]
+    found = nb.agreement_of(pd.DataFrame(judged))
+    assert (found["photos"], found["agreement"]) == (4, pytest.approx((1 + 1 / 3 + 0 + 1) / 4))
+    assert found["alpha"] == pytest.approx(1 - (4 / 9) / (36 / 72))
 
 
-def test_presence_follows_the_parameters_of_to_targets(write_ndjson):
+def test_perfect_agreement_is_1_and_one_answer_throughout_is_nan(nb):
+    assert nb.agreement_of(pd.DataFrame([[1, 1], [0, 0]]))["alpha"] == 1
+    same = nb.agreement_of(pd.DataFrame([[0, 0, 0], [0, 0, NAN]]))
+    assert same["agreement"] == 1 and np.isnan(same["alpha"])
+
+
+def test_presence_follows_the_parameters_of_to_targets(nb, write_ndjson):
     answers = said(write_ndjson, {"ann": SURE, "ben": MAYBE}, {"ann": SURE, "ben": None})
-    assert annotator_agreement(answers)["agreement"].tolist() == [0.5]
-    assert annotator_agreement(answers, positive_max=2)["agreement"].tolist() == [0]
-    (line,) = annotator_agreement(answers, unanswered="unknown").to_dict("records")
-    assert (line["images"], line["agreement"]) == (1, 1)
-    assert np.isnan(line["kappa"])  # one category only
+    assert nb.annotator_agreement(answers)["agreement"].tolist() == [0.5]
+    assert nb.annotator_agreement(answers, positive_max=2)["agreement"].tolist() == [0]
+    (line,) = nb.annotator_agreement(answers, unanswered="unknown").to_dict("records")
+    assert (line["photos"], line["agreement"]) == (1, 1)
+    assert np.isnan(line["alpha"])  # one category only
 
 
-def test_images_judged_once_or_not_at_all_give_no_agreement(write_ndjson):
+def test_images_judged_once_or_not_at_all_give_no_agreement(nb, write_ndjson):
     skipped = data_row("s.jpg", labelled(skipped=True, by="ann"), labelled(skipped=True, by="ben"))
     row = data_row("a.jpg", labelled(radio("Lily", SURE), by="ann"))
-    (line,) = annotator_agreement(read_labelbox(write_ndjson(row, skipped))).to_dict("records")
-    assert (line["images"], line["annotators"], line["statistic"]) == (0, 0, None)
-    assert np.isnan([line["agreement"], line["kappa"]]).all()
+    (line,) = nb.annotator_agreement(read_labelbox(write_ndjson(row, skipped))).to_dict("records")
+    assert line["photos"] == 0
+    assert np.isnan([line["agreement"], line["alpha"]]).all()
 
 
-def test_answers_without_an_annotator_are_one_annotator_a_record(write_ndjson):
+def test_answers_without_an_annotator_are_one_annotator_a_record(nb, write_ndjson):
     labels = [labelled(radio("Lily", SURE), by=who) for who in ("ann", "ben")]
     for label in labels:
         del label["label_details"]
-    agreed = annotator_agreement(read_labelbox(write_ndjson(data_row("a.jpg", *labels))))
-    assert agreed[["images", "annotators", "agreement"]].values.tolist() == [[1, 2, 1]]
+    agreed = nb.annotator_agreement(read_labelbox(write_ndjson(data_row("a.jpg", *labels))))
+    assert agreed[["photos", "agreement"]].values.tolist() == [[1, 1]]
 
 
-def test_export_without_any_answer_gives_no_lines(write_ndjson):
-    assert annotator_agreement(read_labelbox(write_ndjson(data_row("a.jpg")))).empty
+def test_export_without_any_answer_gives_no_lines(nb, write_ndjson):
+    assert nb.annotator_agreement(read_labelbox(write_ndjson(data_row("a.jpg")))).empty
 
 
 # ---------------------------------------------------------------- to_targets

@@ -1,15 +1,18 @@
-"""Predictions written as Labelbox pre-labels, and read back."""
+"""Predictions written as Labelbox pre-labels by labelbox.ipynb, and read back here."""
 
 import json
+import re
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import checklist, data_row, labelled, radio, text
+from conftest import checklist, data_row, labelled, load_notebook_functions, radio, text
 
-from data_utils import read_labelbox, read_labelbox_import, to_targets, write_labelbox
+from data_utils import read_labelbox
 
+write_labelbox = load_notebook_functions("labelbox").write_labelbox
 NAN = float("nan")
 SURE, LIKELY, MAYBE, NO = "1 - Definitely", "2 - Likely", "3 - Maybe", "0 - Absent"
 
@@ -38,9 +41,8 @@ def export(write_ndjson):
 def written(tmp_path, export, cells: dict, image: str = "a.jpg", **options) -> list[dict]:
     """Write one image's cells and return the lines without dataRow and uuid."""
     path = tmp_path / "import.ndjson"
-    n_lines = write_labelbox(pd.DataFrame([{"image": image} | cells]), export, path, **options)
+    write_labelbox(pd.DataFrame([{"image": image} | cells]), export, path, **options)
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert len(lines) == n_lines
     return [{k: v for k, v in line.items() if k not in ("dataRow", "uuid")} for line in lines]
 
 
@@ -76,13 +78,12 @@ def test_graded_question_gets_the_grade_that_fits_and_an_explicit_absence(
     assert written(tmp_path, export, {"Grass": prob}) == [{"name": "Grass", "answer": [expected]}]
 
 
-def test_absent_is_no_answer_without_an_option_for_it_or_when_not_asked_for(tmp_path, export):
+def test_absent_is_no_answer_without_an_option_for_it(tmp_path, export):
     assert written(tmp_path, export, {"[Lvl2] Night": 0.1}) == []
-    assert written(tmp_path, export, {"Grass": 0.1}, absent=None) == []
 
 
 def test_unknown_writes_nothing(tmp_path, export):
-    assert written(tmp_path, export, {"Grass": NAN, "Plants / Tree": NAN, "Notes": None}) == []
+    assert written(tmp_path, export, {"Grass": NAN, "Plants / Tree": NAN}) == []
 
 
 def test_grade_floors_and_threshold_are_parameters(tmp_path, export):
@@ -112,10 +113,6 @@ def test_checklist_takes_every_present_option_and_radio_the_most_probable(tmp_pa
     ]
 
 
-def test_text_is_plain_text(tmp_path, export):
-    assert written(tmp_path, export, {"Notes": "wet"}) == [{"name": "Notes", "answer": "wet"}]
-
-
 def test_nested_answers_stand_below_their_present_parent_only(tmp_path, export):
     willow = {"name": "Kind", "answer": answer("Willow", 0.8)}
     dense = {"name": "Cover", "answer": [answer("Dense", 0.9)]}
@@ -138,28 +135,37 @@ def test_global_key_is_preferred_and_names_the_image_too(tmp_path, write_ndjson)
         assert json.loads(path.read_text())["dataRow"] == {"globalKey": "survey/a"}
 
 
-def test_schema_ids_replace_names_when_asked_for_and_there(tmp_path, write_ndjson):
-    lily = radio("Lily", SURE) | {"feature_schema_id": "q1"}
-    lily["radio_answer"]["feature_schema_id"] = "o1"
-    export = write_ndjson(data_row("a.jpg", labelled(lily, radio("Sun", SURE))))
-    assert written(tmp_path, export, {"Lily": 1, "Sun": 1}, by="schemaId") == [
-        {"schemaId": "q1", "answer": {"schemaId": "o1", "confidence": 1}},
-        {"name": "Sun", "answer": answer(SURE, 1)},
-    ]
-    back = read_labelbox_import(tmp_path / "import.ndjson", export)
-    assert back[["question", "answer"]].values.tolist() == [["Lily", SURE], ["Sun", SURE]]
-
-
 def test_writing_twice_gives_the_same_file_and_a_uuid_a_line(tmp_path, export):
     predictions = pd.DataFrame({"image": ["b.jpg", "a.jpg"], "Grass": [1, 0], "Sky / Clear": 1})
     paths = tmp_path / "1.ndjson", tmp_path / "2.ndjson"
-    assert [write_labelbox(predictions, export, path) for path in paths] == [4, 4]
+    assert [len(write_labelbox(predictions, export, path)) for path in paths] == [4, 4]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     lines = [json.loads(line) for line in paths[0].read_text().splitlines()]
     assert len({line["uuid"] for line in lines}) == 4
 
 
 # ---------------------------------------------------------------- the way back
+
+
+def shown(objects: list[dict], prefix: str = "") -> dict[str, float]:
+    """Return {label: confidence} of import objects; a grade 0 shows that its label is absent."""
+    labels = {}
+    for item in objects:
+        for answer in item["answer"] if isinstance(item["answer"], list) else [item["answer"]]:
+            grade = re.match(r"(\d+) - ", answer["name"])
+            label = prefix + item["name"] + ("" if grade else f" / {answer['name']}")
+            if not grade or int(grade[1]):
+                labels[label] = answer["confidence"]
+            labels |= shown(answer.get("classifications", []), f"{label} / ")
+    return labels
+
+
+def read_back(path: Path) -> dict[str, dict[str, float]]:
+    """Return {image: {present label: confidence}} of an import file."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    images = [line["dataRow"]["id"].removeprefix("row of ") for line in lines]
+    found = {image: [x for x, i in zip(lines, images) if i == image] for image in set(images)}
+    return {image: shown(objects) for image, objects in found.items()}
 
 
 def test_what_is_written_comes_back_as_the_same_targets(tmp_path, export):
@@ -174,38 +180,27 @@ def test_what_is_written_comes_back_as_the_same_targets(tmp_path, export):
             expected[f"Grass / Cover / {option}"] *= expected["Grass"]
         sky = predictions[["Sky / Clear", "Sky / Cloudy"]].fillna(0)
         expected[sky.columns] *= sky.eq(sky.max(axis=1), axis=0)
+        lost = ((predictions >= 0.5) & (expected == 0)).to_numpy().sum()
         predictions.insert(0, "image", ["b.jpg", "a.jpg"])
-        write_labelbox(predictions, export, tmp_path / "import.ndjson")
-        back = to_targets(read_labelbox_import(tmp_path / "import.ndjson", export)).set_index(
-            "image"
-        )
-        back = back.reindex(index=predictions["image"], columns=labels).fillna(0)
-        assert np.array_equal(back, expected)
+        table = write_labelbox(predictions, export, tmp_path / "import.ndjson")
+        back = pd.DataFrame(read_back(tmp_path / "import.ndjson")).T
+        back = back.reindex(index=predictions["image"], columns=labels)
+        assert np.array_equal(back.notna(), expected)
+        given = predictions.set_index("image")[labels]
+        assert np.array_equal(back.where(expected.to_numpy() > 0), given.where(back.notna()), True)
+        assert table["answer"].isna().sum() == lost
 
 
-def test_reading_back_gives_confidences_texts_and_images(tmp_path, export):
-    written(tmp_path, export, {"Grass": 0.95, "Notes": "wet", "Sky / Clear": 0.6}, "b.jpg")
-    back = read_labelbox_import(tmp_path / "import.ndjson", export)
-    columns = ["image", "question", "kind", "answer", "label"]
-    assert back[columns].astype(object).where(back[columns].notna(), None).values.tolist() == [
-        ["b.jpg", "Grass", "checklist", SURE, "Grass"],
-        ["b.jpg", "Sky", "radio", "Clear", "Sky / Clear"],
-        ["b.jpg", "Notes", "text", "wet", None],
+def test_present_labels_that_cannot_be_written_are_returned(tmp_path, export):
+    cells = {"Sky / Clear": 0.8, "Sky / Cloudy": 0.9, "Plants / Tree / Kind / Willow": 0.7}
+    predictions = pd.DataFrame([{"image": "a.jpg"} | cells | {"Grass": 0.1, "Plants / Shrub": 0.2}])
+    table = write_labelbox(predictions, export, tmp_path / "import.ndjson")
+    assert table.fillna("-").values.tolist() == [
+        ["a.jpg", "Grass", NO, 0.9],
+        ["a.jpg", "Sky / Cloudy", "Cloudy", 0.9],
+        ["a.jpg", "Sky / Clear", "-", 0.8],
+        ["a.jpg", "Plants / Tree / Kind / Willow", "-", 0.7],
     ]
-    assert np.array_equal(back["confidence"], [0.95, 0.6, NAN], equal_nan=True)
-
-
-@pytest.mark.parametrize("line", ["{", "[]", '{"name": "Grass"}', '{"dataRow": {"id": "x"}}', "1"])
-def test_line_that_is_no_import_is_named(tmp_path, export, line):
-    path = tmp_path / "import.ndjson"
-    path.write_text(line)
-    with pytest.raises(ValueError, match=r"import\.ndjson, line 1: expected an answer to a"):
-        read_labelbox_import(path, export)
-
-
-def test_file_without_lines_reads_as_no_answers(tmp_path, export):
-    written(tmp_path, export, {"Grass": NAN})
-    assert read_labelbox_import(tmp_path / "import.ndjson", export).empty
 
 
 # ---------------------------------------------------------------- bad input
@@ -292,15 +287,14 @@ def test_lines_are_those_of_the_labelbox_sdk(tmp_path, export):
         question("Grass", types.Checklist(answer=[option(SURE, 0.95, dense)])),
         question("[Lvl2] Night", types.Radio(answer=option(LIKELY, 0.75))),
         question("Plants", plants),
-        question("Notes", types.Text(answer="wet")),
     ]
     data = types.GenericDataRowData(uid="row of a.jpg")
     theirs = list(converter.serialize([types.Label(data=data, annotations=annotations)]))
     cells = {"Grass": 0.95, "Grass / Cover / Dense": 0.9, "[Lvl2] Night": 0.75}
     cells |= {"Plants / Tree": 0.7, "Plants / Shrub": 0.6, "Plants / Tree / Kind / Willow": 0.8}
-    cells |= {"Notes": "wet", "Sky / Clear": 0.4}
+    cells |= {"Sky / Clear": 0.4}
     written(tmp_path, export, cells)
     ours = (tmp_path / "import.ndjson").read_text("utf-8").splitlines()
     ours = [_without_empty(json.loads(line)) for line in ours]
-    assert [line["name"] for line in ours] == ["Grass", "[Lvl2] Night", "Plants", "Notes"]
+    assert [line["name"] for line in ours] == ["Grass", "[Lvl2] Night", "Plants"]
     assert [_without_empty(line) for line in theirs] == ours

@@ -1,4 +1,4 @@
-"""Out-of-fold probabilities, wrong labels, their review, filling, queueing."""
+"""Out-of-fold probabilities; wrong labels, their review, filling, and the queue (in notebooks)."""
 
 import math
 import os
@@ -19,6 +19,11 @@ import data_utils as du
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")
 LABELS = ["a", "b", "c"]
+
+
+@pytest.fixture
+def nb(notebook_functions):
+    return notebook_functions("relabeling")
 
 
 def fold_by_fold(probs, groups=None):
@@ -72,14 +77,13 @@ def test_probabilities_that_are_not_out_of_fold_are_refused(probs, folds, groups
         du.OutOfFold(np.array(probs), np.array(folds), np.array(groups))
 
 
-@pytest.mark.parametrize("find", [du.find_wrong_labels, du.find_wrong_classes])
-def test_finders_take_nothing_but_out_of_fold(find):
+def test_finder_takes_nothing_but_out_of_fold(nb):
     with pytest.raises(TypeError, match="ndarray: expected what out_of_fold returns"):
-        find(np.eye(3), np.full((3, 3), 0.5), LABELS, list("xyz"))
+        nb.find_wrong_labels(np.eye(3), np.full((3, 3), 0.5), LABELS, list("xyz"))
     with pytest.raises(ValueError, match="3 out-of-fold rows for 2 images"):
-        find(np.eye(3)[:2], fold_by_fold(np.eye(3)), LABELS, list("xy"))
+        nb.find_wrong_labels(np.eye(3)[:2], fold_by_fold(np.eye(3)), LABELS, list("xy"))
     with pytest.raises(ValueError, match="images: 1 images occur twice: x; keep one row"):
-        find(np.eye(3), fold_by_fold(np.eye(3)), LABELS, list("xyx"))
+        nb.find_wrong_labels(np.eye(3), fold_by_fold(np.eye(3)), LABELS, list("xyx"))
 
 
 # ---------------------------------------------------------------- features without labels
@@ -93,17 +97,17 @@ def test_patch_features_tell_kinds_of_pictures_apart_and_repeat(tmp_path):
             pixels[:, ::4] += 150  # stripes, on every second one
         Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
     paths = du.list_images(tmp_path)
-    features = du.patch_features(paths, n_components=8, n_filters=32)
+    features = du.patch_features(paths, n_components=8)
     assert features.shape == (40, 8)
     assert features.dtype == torch.float32
     torch.testing.assert_close(features.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
     assert features[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-4)
-    assert torch.equal(features, du.patch_features(paths, n_components=8, n_filters=32))
+    assert torch.equal(features, du.patch_features(paths, n_components=8))
     striped = np.arange(40) % 2
     model = LogisticRegression().fit(features[:20], striped[:20])
     assert model.score(features[20:], striped[20:]) == 1
-    assert du.patch_features(paths[:5], n_filters=32).shape == (5, 5)
-    assert du.patch_features([paths[0]] * 3, n_filters=32).isfinite().all()
+    assert du.patch_features(paths[:5]).shape == (5, 5)
+    assert du.patch_features([paths[0]] * 3).isfinite().all()
     with pytest.raises(ValueError, match="1 images: patch_features compares images"):
         du.patch_features(paths[:1])
 
@@ -121,10 +125,10 @@ def planted(n=200, seed=0):
     return clean, given, probs
 
 
-def test_planted_flips_are_found_with_the_reason():
+def test_planted_flips_are_found_with_the_reason(nb):
     clean, given, probs = planted()
     names = [f"{i}.jpg" for i in range(len(given))]
-    table = du.find_wrong_labels(given, fold_by_fold(probs), LABELS, names)
+    table = nb.find_wrong_labels(given, fold_by_fold(probs), LABELS, names)
     assert set(table["image_path"]) == set(names[:10])
     assert (table["label"] == "a").all()
     assert table["rank"].tolist() == list(range(1, 11))
@@ -137,60 +141,44 @@ def test_planted_flips_are_found_with_the_reason():
         assert line["quality"] == pytest.approx(probs[i, 0] if given[i, 0] else 1 - probs[i, 0])
 
 
-def test_unknown_cells_are_neither_suspected_nor_counted():
+def test_unknown_cells_are_neither_suspected_nor_counted(nb):
     _, given, probs = planted()
     given[:5, 0] = NAN  # five of the flips are unknown
     given[:, 2] = NAN  # nobody judged c
     names = [f"{i}.jpg" for i in range(len(given))]
-    table = du.find_wrong_labels(given, fold_by_fold(probs), LABELS, names)
+    table = nb.find_wrong_labels(given, fold_by_fold(probs), LABELS, names)
     assert set(table["image_path"]) == set(names[5:10])
     assert set(table["label"]) == {"a"}
 
 
-def test_photo_quality_is_the_softmin_over_known_labels_by_hand():
+def test_photo_quality_is_the_softmin_over_known_labels_by_hand(nb):
     scores, known = np.array([[0.9, 0.2, 0.5]] * 2), np.array([[True] * 3, [True, False, True]])
     e = [math.exp((1 - s) / 0.1) for s in (0.9, 0.2, 0.5)]
     first = (0.9 * e[0] + 0.2 * e[1] + 0.5 * e[2]) / sum(e)
     second = (0.9 * e[0] + 0.5 * e[2]) / (e[0] + e[2])  # as absent it would be 0.2 and less
-    assert du._masked_softmin(scores, known).tolist() == pytest.approx([first, second])
-    assert du._masked_softmin(scores, ~known & known).tolist() == [1, 1]
+    assert nb.masked_softmin(scores, known).tolist() == pytest.approx([first, second])
+    assert nb.masked_softmin(scores, ~known & known).tolist() == [1, 1]
     probs = np.array([[0.9, 0.8, 0.5], [0.1, 0.3, 0.4]] * 20)
     given = np.array([[1, 0, NAN], [0, 1, 0]] * 20)
-    table = du.find_wrong_labels(given, fold_by_fold(probs), LABELS, np.arange(40))
+    table = nb.find_wrong_labels(given, fold_by_fold(probs), LABELS, np.arange(40))
     of_first = table.loc[table["image_path"] == 0, "photo_quality"]
     expected = (0.9 * math.exp(1) + 0.2 * math.exp(8)) / (math.exp(1) + math.exp(8))
     assert of_first.tolist() == pytest.approx([expected])
 
 
-def test_label_that_is_always_the_same_is_not_suspected():
+def test_label_that_is_always_the_same_is_not_suspected(nb):
     probs = np.full((20, 3), 0.9)
     given = np.column_stack([np.ones(20), np.zeros(20), np.full(20, NAN)])
-    assert du.find_wrong_labels(given, fold_by_fold(probs), LABELS, np.arange(20)).empty
+    assert nb.find_wrong_labels(given, fold_by_fold(probs), LABELS, np.arange(20)).empty
 
 
-def test_one_label_alone_and_no_positive_at_all_are_fine():
+def test_one_label_alone_and_no_positive_at_all_are_fine(nb):
     clean, given, probs = planted()
-    table = du.find_wrong_labels(given[:, :1], fold_by_fold(probs[:, :1]), ["a"], np.arange(200))
+    table = nb.find_wrong_labels(given[:, :1], fold_by_fold(probs[:, :1]), ["a"], np.arange(200))
     assert set(table["image_path"]) == set(range(10))
     assert table["photo_quality"].tolist() == pytest.approx(table["quality"].tolist())
-    nothing = du.find_wrong_labels(0 * clean, fold_by_fold(probs), LABELS, np.arange(200))
+    nothing = nb.find_wrong_labels(0 * clean, fold_by_fold(probs), LABELS, np.arange(200))
     assert nothing.empty
-
-
-def test_wrong_classes_are_found_among_exclusive_ones():
-    rng = np.random.default_rng(0)
-    clean = rng.integers(0, 3, 150)
-    probs = 0.05 + 0.85 * np.eye(3)[clean]
-    given = clean.copy()
-    given[:6] = (clean[:6] + 1) % 3
-    names = [f"{i}.jpg" for i in range(150)]
-    table = du.find_wrong_classes(np.eye(3)[given], fold_by_fold(probs), LABELS, names)
-    assert set(table["image_path"]) == set(names[:6])
-    line = table[table["image_path"] == "0.jpg"].iloc[0]
-    assert (line["given"], line["predicted"]) == (LABELS[given[0]], LABELS[clean[0]])
-    assert (line["prob"], line["quality"]) == pytest.approx((0.9, 0.05))
-    with pytest.raises(ValueError, match="not exactly one class; use find_wrong_labels"):
-        du.find_wrong_classes(np.ones((150, 3)), fold_by_fold(probs), LABELS, names)
 
 
 # ---------------------------------------------------------------- the review
@@ -203,7 +191,7 @@ def part():
     )
 
 
-def test_decisions_are_replayed_and_the_last_one_counts(tmp_path, part):
+def test_decisions_are_replayed_and_the_last_one_counts(nb, tmp_path, part):
     path = tmp_path / "review.csv"
     for image, label, decision in [
         ("x.jpg", "a", "absent"),
@@ -212,44 +200,44 @@ def test_decisions_are_replayed_and_the_last_one_counts(tmp_path, part):
         ("x.jpg", "a", "present"),
         ("x.jpg", "a", "absent"),
     ]:
-        du.append_decision(path, image, label, decision)
-    found = du.apply_decisions(path, part, ["a", "b"])
+        nb.append_decision(path, image, label, decision)
+    found = nb.apply_decisions(path, part, ["a", "b"])
     assert np.array_equal(found[["a", "b"]], [[0, NAN], [NAN, 1]], equal_nan=True)
     assert part["a"].tolist() == [1, 0]  # the original stays
 
 
-def test_names_with_commas_and_quotes_survive(tmp_path):
+def test_names_with_commas_and_quotes_survive(nb, tmp_path):
     names = ['a, "b".jpg', 'c"d.jpg', "ä.jpg"]
     for name in names:
-        du.append_decision(tmp_path / "review.csv", name, "a", "present")
+        nb.append_decision(tmp_path / "review.csv", name, "a", "present")
     table = pd.DataFrame({"image_path": names, "a": NAN})
-    assert du.apply_decisions(tmp_path / "review.csv", table, ["a"])["a"].tolist() == [1, 1, 1]
+    assert nb.apply_decisions(tmp_path / "review.csv", table, ["a"])["a"].tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="a name with a line break cannot be reviewed"):
-        du.append_decision(tmp_path / "review.csv", "e\nf.jpg", "a", "present")
+        nb.append_decision(tmp_path / "review.csv", "e\nf.jpg", "a", "present")
 
 
-def test_torn_quoted_name_swallows_no_later_decision(tmp_path):
+def test_torn_quoted_name_swallows_no_later_decision(nb, tmp_path):
     path = tmp_path / "sub" / "review.csv"
-    du.append_decision(path, "a.jpg", "a, b", "present")
+    nb.append_decision(path, "a.jpg", "a, b", "present")
     path.write_text(path.read_text() + 'b.jpg,"a, ')
-    du.append_decision(path, "b.jpg", "a, b", "absent")
+    nb.append_decision(path, "b.jpg", "a, b", "absent")
     table = pd.DataFrame({"image_path": ["a.jpg", "b.jpg"], "a, b": NAN}, index=[7, 7])
     with pytest.warns(UserWarning, match="line 2: cut off"):
-        found = du.apply_decisions(path, table, ["a, b"])
+        found = nb.apply_decisions(path, table, ["a, b"])
     assert found["a, b"].tolist() == [1, 0]
-    assert du.read_decisions(tmp_path / "none.csv").empty
+    assert nb.read_decisions(tmp_path / "none.csv").empty
 
 
-def test_line_that_was_cut_off_is_named_and_the_others_stay(tmp_path, part):
+def test_line_that_was_cut_off_is_named_and_the_others_stay(nb, tmp_path, part):
     path = tmp_path / "review.csv"
-    du.append_decision(path, "x.jpg", "a", "absent")
+    nb.append_decision(path, "x.jpg", "a", "absent")
     with open(path, "a", encoding="utf-8") as file:
         file.write("y.jpg,a,pre")
     with pytest.warns(UserWarning, match=r"review.csv, line 2: cut off, .*decide again"):
-        assert du.apply_decisions(path, part, ["a", "b"])["a"].tolist() == [0, 0]
-    du.append_decision(path, "y.jpg", "a", "present")  # goes on a line of its own
+        assert nb.apply_decisions(path, part, ["a", "b"])["a"].tolist() == [0, 0]
+    nb.append_decision(path, "y.jpg", "a", "present")  # goes on a line of its own
     with pytest.warns(UserWarning, match="line 2"):
-        assert du.apply_decisions(path, part, ["a", "b"])["a"].tolist() == [0, 1]
+        assert nb.apply_decisions(path, part, ["a", "b"])["a"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -259,28 +247,30 @@ def test_line_that_was_cut_off_is_named_and_the_others_stay(tmp_path, part):
         ("z.jpg,a,present", "line 1: z.jpg is not in the partition"),
     ],
 )
-def test_decision_about_something_unknown_is_refused(tmp_path, part, line, message):
+def test_decision_about_something_unknown_is_refused(nb, tmp_path, part, line, message):
     (tmp_path / "review.csv").write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
-        du.apply_decisions(tmp_path / "review.csv", part, ["a", "b"])
+        nb.apply_decisions(tmp_path / "review.csv", part, ["a", "b"])
 
 
-def test_decision_must_be_one_of_three_and_an_image_stand_once(tmp_path, part):
+def test_decision_must_be_one_of_three_and_an_image_stand_once(nb, tmp_path, part):
     with pytest.raises(ValueError, match="decision='maybe': expected 'present' or 'absent'"):
-        du.append_decision(tmp_path / "review.csv", "x.jpg", "a", "maybe")
+        nb.append_decision(tmp_path / "review.csv", "x.jpg", "a", "maybe")
     assert not (tmp_path / "review.csv").exists()
     twice = pd.concat([part, part.head(1)], ignore_index=True)
-    du.append_decision(tmp_path / "review.csv", "x.jpg", "a", "absent")
+    nb.append_decision(tmp_path / "review.csv", "x.jpg", "a", "absent")
     with pytest.raises(ValueError, match="the partition: 1 images occur twice: x.jpg"):
-        du.apply_decisions(tmp_path / "review.csv", twice, ["a", "b"])
+        nb.apply_decisions(tmp_path / "review.csv", twice, ["a", "b"])
 
 
-def test_killed_reviewer_loses_no_decision_already_made(tmp_path):
+def test_killed_reviewer_loses_no_decision_already_made(nb, tmp_path):
     path = tmp_path / "review.csv"
     code = (
-        "import sys, itertools; from data_utils import append_decision\n"
+        "import sys, itertools; sys.path.insert(0, 'tests')\n"
+        "from conftest import load_notebook_functions\n"
+        "nb = load_notebook_functions('relabeling')\n"
         "for i in itertools.count():\n"
-        "    append_decision(sys.argv[1], f'{i}.jpg', 'a', 'present')\n"
+        "    nb.append_decision(sys.argv[1], f'{i}.jpg', 'a', 'present')\n"
         "    print(i, flush=True)"
     )
     process = subprocess.Popen(
@@ -292,74 +282,74 @@ def test_killed_reviewer_loses_no_decision_already_made(tmp_path):
     process.wait()
     last = max([20, *(int(line) for line in process.stdout.read().split())])
     table = pd.DataFrame({"image_path": [f"{i}.jpg" for i in range(last + 2)], "a": NAN})
-    assert du.apply_decisions(path, table, ["a"])["a"].notna().sum() >= last + 1
+    assert nb.apply_decisions(path, table, ["a"])["a"].notna().sum() >= last + 1
 
 
 # ---------------------------------------------------------------- what to label next
 
 
-def test_queue_is_entropy_times_distance_and_avoids_the_same_twice():
+@pytest.fixture
+def queue_of(notebook_functions):
+    return notebook_functions("labelbox")
+
+
+def test_queue_is_entropy_times_distance_and_avoids_the_same_twice(queue_of):
     probs = np.array([[0.5], [0.5], [0.9], [0.5]])
     place = np.array([10.0, 10.1, 20.0, 0.1])  # candidates on a line; one labelled photo at 0
-    queue = du.rank_for_labelling(probs, place[:, None], np.zeros((1, 1)), 3)
+    queue = queue_of.rank_for_labelling(probs, place[:, None], np.zeros((1, 1)), 3)
     entropy = -(0.9 * math.log2(0.9) + 0.1 * math.log2(0.1))  # 0.469
     # 1 × 10.1 before 1 × 10 and 0.469 × 20; then 0.469 × 9.9 before 1 × 0.1 (twin) and 1 × 0.1
     assert queue["candidate"].tolist()[:2] == [1, 2]
     assert queue["entropy"].tolist()[:2] == pytest.approx([1, entropy])
     assert queue["distance"].tolist() == pytest.approx([10.1, 9.9, 0.1])
-    assert len(du.rank_for_labelling(probs, place[:, None], np.zeros((1, 1)), 99)) == 4
+    assert len(queue_of.rank_for_labelling(probs, place[:, None], np.zeros((1, 1)), 99)) == 4
 
 
-def test_queue_without_any_labelled_photo_starts_with_the_most_uncertain():
+def test_queue_without_any_labelled_photo_starts_with_the_most_uncertain(queue_of):
     probs = np.array([[0.99, 0.5], [0.5, 0.5], [0.5, 0.9]])
-    queue = du.rank_for_labelling(probs, np.eye(3), np.empty((0, 3)), 3)
+    queue = queue_of.rank_for_labelling(probs, np.eye(3), np.empty((0, 3)), 3)
     assert queue["candidate"].tolist() == [1, 2, 0]
 
 
-# ---------------------------------------------------------------- the notebook's own functions
+# ---------------------------------------------------------------- filling, buttons
 
 
-@pytest.fixture
-def functions(notebook_functions):
-    return notebook_functions("relabeling")
-
-
-def test_confidence_is_the_lowest_that_reaches_the_precision_on_validation(functions):
+def test_confidence_is_the_lowest_that_reaches_the_precision_on_validation(nb):
     probs = np.array([0.95, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05])[:, None]
     targets = np.array([1, 1, 1, 1, 0, 1, 0, 0, 0, 0], float)[:, None]
-    present, absent = functions.choose_confidence(probs, targets, ["a"], 1.0)
+    present, absent = nb.choose_confidence(probs, targets, ["a"], 1.0)
     # the first four are all present: between 0.7 and 0.6; the last four absent: 0.4 and 0.3
     assert (present[0], absent[0]) == pytest.approx((0.65, 0.35))
-    hopeless = functions.choose_confidence(1 - probs, targets, ["a"], 1.0)
+    hopeless = nb.choose_confidence(1 - probs, targets, ["a"], 1.0)
     assert (hopeless[0][0], hopeless[1][0]) == (math.inf, -math.inf)
 
 
-def test_sure_unknown_cells_become_soft_targets_up_to_the_cap(functions):
+def test_sure_unknown_cells_become_soft_targets_up_to_the_cap(nb):
     given = np.array([[NAN], [NAN], [NAN], [NAN], [0], [NAN]])
     probs = fold_by_fold([[0.9], [0.99], [0.5], [0.02], [0.99], [0.2]])
-    filled = functions.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 1.0)
+    filled = nb.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 1.0)
     expected = [[0.9], [0.99], [NAN], [0.02], [0], [NAN]]
     assert np.array_equal(filled, expected, equal_nan=True)
     # of 5 unknown cells at most 2, the surest: 0.99 (0.49 from 0.5) and 0.02 (0.48)
-    capped = functions.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 0.4)
+    capped = nb.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 0.4)
     expected = [[NAN], [0.99], [NAN], [0.02], [0], [NAN]]
     assert np.array_equal(capped, expected, equal_nan=True)
-    with pytest.raises(TypeError, match="takes the result of out_of_fold"):
-        functions.fill_cells(given, probs.probs, np.array([0.8]), np.array([0.1]), 1.0)
+    with pytest.raises(TypeError, match="ndarray: expected what out_of_fold returns"):
+        nb.fill_cells(given, probs.probs, np.array([0.8]), np.array([0.1]), 1.0)
 
 
-def test_button_saves_its_decision_at_once_and_goes_on_after_a_restart(functions, tmp_path):
+def test_button_saves_its_decision_at_once_and_goes_on_after_a_restart(nb, tmp_path):
     pytest.importorskip("ipywidgets")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     suspects = pd.DataFrame(
         {"image_path": str(tmp_path / "x.png"), "label": LABELS, "given": "absent"}
     )
     path = tmp_path / "review.csv"
-    functions.display = lambda _: None
-    buttons = functions.review_with_buttons(path, suspects).children[0].children
+    nb.display = lambda _: None
+    buttons = nb.review_with_buttons(path, suspects, lambda _: None).children[0].children
     buttons[0].click()
     assert path.read_text().splitlines() == [f"{tmp_path / 'x.png'},a,present"]
-    buttons = functions.review_with_buttons(path, suspects).children[0].children
+    buttons = nb.review_with_buttons(path, suspects, lambda _: None).children[0].children
     for button in (buttons[1], buttons[2], buttons[0]):  # nothing is left for the last
         button.click()
     decisions = [line.split(",")[1:] for line in path.read_text().splitlines()]
