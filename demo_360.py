@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -29,7 +30,7 @@ from PIL import Image, ImageColor, ImageDraw
 from tqdm.auto import tqdm
 
 Array = np.ndarray
-__all__ = ["LABELS", "draw_panorama", "make_demo", "plan_survey"]
+__all__ = ["LABELS", "draw_panorama", "make_demo", "plan_survey", "sort_into_classes"]
 
 LABELS = ["Grass", "Trees", "Water", "Building", "Boardwalk", "Hills", "Sun", "[Lvl2] Lily"]
 GRASS, TREES, WATER, BUILDING, BOARDWALK, HILLS, SUN, LILY = range(1, 9)  # 0 is "no label"
@@ -923,6 +924,31 @@ def make_demo(
     _write_text(out_dir / "demo_360.ndjson", _export(rows, width, seed))
     _write_text(out_dir / "truth.csv", truth.to_csv(index=False, lineterminator="\n"))
     return truth
+
+
+def sort_into_classes(folder: str | Path, photos: str | Path, truth: pd.DataFrame) -> None:
+    """Copy the halves below `photos` into class folders, as ImageNet has them.
+
+    Eight classes: trees or not, water or not, an overcast or a sunny sky. `folder` gets
+    train/wNN/WALK/, val/wNN/WALK/ (days 4 and 9) and names.txt, a line `wNN words` per class.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    sites, truth = [site.name for site in SITES], truth.set_index("image")
+    for photo in sorted(Path(photos).rglob("*.jpg")):
+        row = truth.loc[photo.name]
+        sunny = plan_survey(sites.index(row["site"]), int(row["day"]) - 1, 1).weather.sunny
+        number = 1 + 4 * row["Trees"] + 2 * row["Water"] + sunny
+        part = "val" if row["day"] in (4, 9) else "train"
+        copy = temporary / part / f"w{number:02}" / f"{row['site']} {row['day']}" / photo.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(photo, copy)
+    places = ("open land", "open water", "wooded land", "wooded shore")
+    words = [f"{place} {sky}" for place in places for sky in ("overcast", "sunny")]
+    names = [f"w{number:02} {word}\n" for number, word in enumerate(words, start=1)]
+    _write_text(temporary / "names.txt", "".join(names))
+    os.replace(temporary, folder)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ NOTEBOOKS = [
     "classifier",
     "relabeling",
     "pretraining",
+    "scratch",
     "tuning",
 ]
 

@@ -375,3 +375,29 @@ def test_export_names_the_halves_that_the_split_will_write(demo, tmp_path):
     found = attach_images(targets, tmp_path)
     assert len(found) == 2 * N_PANORAMAS
     assert (found.groupby("group_id").size() == 2).all()
+
+
+def test_demo_class_folders_sort_by_what_is_seen_and_keep_two_days_for_validation(tmp_path):
+    rows = []
+    for number, site in enumerate(("Heron Marsh", "Willow Fen")):
+        for day in range(1, 11):
+            photo = tmp_path / "halves" / site / f"Day {day}" / f"{site}{day}_left.jpg"
+            photo.parent.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(photo)
+            rows.append({"image": photo.name, "site": site, "day": day})
+            rows[-1] |= {"Trees": number, "Water": day % 2}
+    folder, truth = tmp_path / "classes", pd.DataFrame(rows)
+    demo_360.sort_into_classes(folder, tmp_path / "halves", truth)
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.jpg"))
+    assert len(found) == 20
+    days = [path.split("/")[2].split()[-1] for path in found if path.startswith("val/")]
+    assert sorted(days) == ["4", "4", "9", "9"]
+    names = dict(line.split(" ", 1) for line in (folder / "names.txt").read_text().splitlines())
+    assert len(set(names.values())) == 8
+    for path in found:
+        _, wnid, place, _ = path.split("/")
+        number, day = int(place.startswith("Willow")), int(place.split()[-1])
+        sunny = demo_360.plan_survey(number, day - 1, 1).weather.sunny
+        ground = (("open land", "open water"), ("wooded land", "wooded shore"))[number][day % 2]
+        assert names[wnid] == f"{ground} {'sunny' if sunny else 'overcast'}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["classes", "halves"]

@@ -65,7 +65,7 @@ def test_file_and_cells_are_short(notebook, request):
 def test_a_reader_gets_at_least_a_text_a_code_cell(notebook):
     kinds = [cell.cell_type for cell in notebook.cells]
     assert kinds.count("markdown") >= kinds.count("code")
-    assert 30 <= len(kinds) <= (95 if "SimMIM" in notebook.cells[0].source else 60)  # six topics
+    assert 30 <= len(kinds) <= 75
     assert notebook.cells[0].source.startswith("# ")
     assert kinds[-1] == "markdown"
     assert "Next:" in notebook.cells[-1].source
