@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import data_utils as du
@@ -333,30 +333,6 @@ def test_saved_weights_are_taken_by_build_model(nb, tmp_path, kind, head):
     torch.testing.assert_close(features, backbone.forward_features(images))
 
 
-def test_position_tables_are_resized_for_another_window_and_size(nb, tmp_path):
-    _, path = saved_backbone(nb, "swin", tmp_path)
-    name, options = BACKBONES["swin"]
-    larger = {**options, "window_size": 8}
-    model = du.build_model(name, 3, pretrained=path, img_size=(64, 128), **larger)
-    table = model.layers[0].blocks[0].attn.relative_position_bias_table
-    assert len(table) == 15**2  # from 7²
-    old = load_file(path)["layers.0.blocks.0.attn.relative_position_bias_table"]
-    assert table[112].tolist() == pytest.approx(old[24].tolist(), abs=1e-6)  # no offset: the centre
-
-
-def test_position_embedding_of_vit_is_resized(nb, tmp_path):
-    backbone, path = saved_backbone(nb, "vit", tmp_path)
-    name, options = BACKBONES["vit"]
-    model = du.build_model(name, 3, pretrained=path, img_size=(64, 128), **options)
-    assert backbone.pos_embed.shape[1] == 1 + 2 * 4
-    assert model.pos_embed.shape[1] == 1 + 4 * 8
-    old, new = backbone.pos_embed[0, 1:].view(2, 4, -1), model.pos_embed[0, 1:].view(4, 8, -1)
-    with torch.no_grad():  # rows stay rows: far corners stay alike
-        for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
-            same = torch.cosine_similarity(old[row, column], new[row, column], dim=0)
-            assert same > 0.9
-
-
 def offset_bias(model):
     """Return the bias of every offset of the first block's window, (2w-1, 2w-1, heads)."""
     attention = model.layers[0].blocks[0].attn
@@ -389,24 +365,6 @@ def test_swinv2_computes_the_same_bias_for_the_same_offset_in_a_larger_window(nb
     assert not torch.allclose(offset_bias(model), large)
 
 
-def test_window_of_pretraining_is_known_to_the_saved_classifier(nb, tmp_path):
-    _, path = saved_backbone(nb, "swinv2", tmp_path, (32, 32))
-    name, options = BACKBONES["swinv2"]
-    options = {**options, "window_size": 8, **windows_in(path)}
-    model = du.build_model(name, 2, "csra", pretrained=path, img_size=64, **options)
-    assert model.spec["model_kwargs"]["pretrained_window_sizes"][:2] == [[4, 4], [4, 4]]
-    classifier = du.Classifier(model, ["a", "b"], [0.5, 0.5])
-    loaded = du.Classifier.load(classifier.save(tmp_path))
-    torch.testing.assert_close(offset_bias(loaded.model.backbone), offset_bias(model.backbone))
-
-
-def test_file_with_fewer_stages_is_refused_in_a_sentence(nb, tmp_path):
-    _, path = saved_backbone(nb, "swinv2", tmp_path)
-    more = {**BACKBONES["swinv2"][1], "depths": (2, 2, 2), "num_heads": (2, 2, 2)}
-    with pytest.raises(ValueError, match=r"lacks \d+ of \d+ weights of swinv2_tiny_window8_256"):
-        du.build_model(BACKBONES["swinv2"][0], 2, pretrained=path, img_size=64, **more)
-
-
 def test_windows_that_are_not_square(nb, tmp_path):
     backbone, path = saved_backbone(nb, "swinv2", tmp_path, (16, 32))  # maps of 4 × 8, 2 × 4
     assert [m.window_size for m in backbone.modules() if hasattr(m, "cpb_mlp")][2:] == [(2, 4)] * 2
@@ -420,18 +378,6 @@ def test_weights_with_two_classifiers_are_loaded_again(nb, tmp_path):
     nb.save_backbone(backbone, tmp_path / "b.safetensors", epochs=3)
     model = du.build_model(name, 3, pretrained=tmp_path / "b.safetensors", img_size=32, **options)
     assert torch.equal(model.dist_token, backbone.dist_token)
-
-
-def test_positions_that_cannot_be_resized_are_named(nb, tmp_path):
-    name, options = "hiera_tiny_224", {"embed_dim": 24, "stages": (1, 1, 1, 1), "num_heads": 1}
-    backbone = du.build_model(name, 0, pretrained=False, img_size=(64, 128), **options)
-    nb.save_backbone(backbone, tmp_path / "b.safetensors", epochs=3)
-    with pytest.raises(
-        ValueError, match=r"lacks 1 of \d+ weights of hiera_tiny_224 in its shape: pos"
-    ):
-        du.build_model(
-            name, 3, pretrained=tmp_path / "b.safetensors", img_size=(128, 256), **options
-        )
 
 
 # ---------------------------------------------------------------- the rest of the notebook
