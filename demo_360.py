@@ -8,6 +8,10 @@ output folder this makes:
     demo_360.ndjson                             a Labelbox export of their left and right halves
     truth.csv                                   what is visible in every half, and how much of it
 
+The export is like a real one: a pilot project did not ask all questions and some certainties were
+forgotten (unknown cells), a second annotator judged some halves, a few are skipped or flagged.
+truth.csv knows all.
+
 Run it as `python demo_360.py OUT_DIR [--n-panoramas N] [--width W] [--seed S]`.
 """
 
