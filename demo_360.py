@@ -8,6 +8,10 @@ output folder this makes:
     demo_360.ndjson                             a Labelbox export of their left and right halves
     truth.csv                                   what is visible in every half, and how much of it
 
+The export is like a real one: a pilot project did not ask all questions and some certainties were
+forgotten (unknown cells), a second annotator judged some halves, a few are skipped or flagged.
+truth.csv knows all.
+
 Run it as `python demo_360.py OUT_DIR [--n-panoramas N] [--width W] [--seed S]`.
 """
 
@@ -16,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -29,7 +34,7 @@ from PIL import Image, ImageColor, ImageDraw
 from tqdm.auto import tqdm
 
 Array = np.ndarray
-__all__ = ["LABELS", "draw_panorama", "make_demo", "plan_survey"]
+__all__ = ["LABELS", "draw_panorama", "make_demo", "plan_survey", "sort_into_classes"]
 
 LABELS = ["Grass", "Trees", "Water", "Building", "Boardwalk", "Hills", "Sun", "[Lvl2] Lily"]
 GRASS, TREES, WATER, BUILDING, BOARDWALK, HILLS, SUN, LILY = range(1, 9)  # 0 is "no label"
@@ -47,6 +52,11 @@ CUTS = {
     "[Lvl2] Lily": (0.012, 0.03, 0.06),
 }
 GRADES = ("3 - Maybe", "2 - Likely", "1 - Definitely")
+ASKED_LATER = ("Boardwalk", "Hills", "Sun")  # the pilot project did not ask these questions yet
+PILOT_SHARE = 0.15  # of the panoramas
+UNGRADED_SHARE = 0.02  # of the checklists: a distance is ticked, the certainty forgotten
+TWICE_SHARE = 0.15  # of the halves: a second annotator judges them as well
+MISJUDGED = 1.0  # how far off the second one sees a share: the sd of its logarithm
 FOREGROUND_ELEVATION = math.radians(-9)  # what reaches lower stands within about 11 m
 NOTES = [
     "Water level higher than on the last visit",
@@ -783,17 +793,25 @@ def _answer(seed: int, image: str, question: str, choice: str | list[str]) -> di
     return _feature(seed, image, question) | answered
 
 
-def _classify(row: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+def _classify(row: dict[str, Any], who: str, rng: np.random.Generator, seed: int) -> list[dict]:
     """Answer the question of each label that the half shows."""
     answers = []
-    for name in LABELS:
+    for name, forgets in zip(LABELS, rng.random(len(LABELS)) < UNGRADED_SHARE):
         passed = sum(row[f"{name}_fraction"] >= cut for cut in CUTS[name])
-        if passed:
+        if passed and not (row["pilot"] and name in ASKED_LATER):
             grade = GRADES[passed - 1]
             distance = "Foreground" if row[f"{name}_near"] else "Background"
-            choice = grade if name.startswith("[Lvl2]") else [grade, distance]
-            answers.append(_answer(seed, row["image"], name, choice))
+            ticked = [distance] if forgets else [grade, distance]
+            choice = grade if name.startswith("[Lvl2]") else ticked
+            answers.append(_answer(seed, row["image"] + who, name, choice))
     return answers
+
+
+def _misjudge(row: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Return what somebody else sees: every share a little larger or smaller."""
+    factors = np.exp(MISJUDGED * rng.standard_normal(len(LABELS)))
+    seen = zip((f"{name}_fraction" for name in LABELS), factors)
+    return row | {column: row[column] * factor for column, factor in seen}
 
 
 def _flag_rows(n_rows: int, seed: int) -> dict[str, list[int]]:
@@ -802,7 +820,15 @@ def _flag_rows(n_rows: int, seed: int) -> dict[str, list[int]]:
     few = min(2, n_rows // 20)
     sizes = {"unlabelled": few, "skipped": few, "noted": min(len(NOTES), n_rows // 20)}
     sizes |= {"problematic": round(0.02 * n_rows), "revisit": round(0.03 * n_rows)}
+    sizes |= {"twice": round(TWICE_SHARE * n_rows)}
     return {case: [next(shuffled) for _ in range(size)] for case, size in sizes.items()}
+
+
+def _pilot_rows(n_rows: int, seed: int) -> set[int]:
+    """Pick the panoramas, both halves of each, that were labelled in the pilot project."""
+    order = np.random.default_rng([seed, 10_001]).permutation(n_rows // 2)
+    panoramas = order[: round(PILOT_SHARE * len(order))].tolist()
+    return {2 * number + side for number in panoramas for side in (0, 1)}
 
 
 def _add_flags(answers: list, image: str, index: int, flags: dict[str, list], seed: int) -> None:
@@ -816,19 +842,24 @@ def _add_flags(answers: list, image: str, index: int, flags: dict[str, list], se
         answers.append(_feature(seed, image, "Extra Notes") | {"text_answer": note})
 
 
-def _annotate(row: dict[str, Any], index: int, flags: dict[str, list], seed: int) -> dict[str, Any]:
-    """The label of one half, as its annotator left it."""
-    skipped = index in flags["skipped"]
-    answers = [] if skipped else _classify(row, seed)
-    _add_flags(answers, row["image"], index, flags, seed)
-    labelled = row["taken"] + timedelta(days=30, minutes=index)
+def _annotate(
+    row: dict[str, Any], index: int, flags: dict[str, list], second: bool, seed: int
+) -> dict[str, Any]:
+    """The label of one half, as its first or its second annotator left it."""
+    rng = np.random.default_rng([seed, 10_002, index, second])
+    skipped, who = index in flags["skipped"], " again" if second else ""
+    seen = _misjudge(row, rng) if second else row
+    answers = [] if skipped else _classify(seen, who, rng, seed)
+    if not second:
+        _add_flags(answers, row["image"], index, flags, seed)
+    labelled = row["taken"] + timedelta(days=37 if second else 30, minutes=index)
     return {
         "label_kind": "Default",
         "version": "1.0.0",
-        "id": _make_id(seed, row["image"], "label"),
+        "id": _make_id(seed, row["image"] + who, "label"),
         "label_details": {
             "created_at": f"{labelled:%Y-%m-%dT%H:%M:%S}.000+00:00",
-            "created_by": f"annotator_{1 + index // 2 % 2}@example.invalid",
+            "created_by": f"annotator_{1 + (index // 2 + second) % 2}@example.invalid",
         },
         "performance_details": {"skipped": skipped},
         "annotations": {"objects": [], "classifications": answers, "relationships": []},
@@ -836,24 +867,27 @@ def _annotate(row: dict[str, Any], index: int, flags: dict[str, list], seed: int
     }
 
 
-def _export_row(image: str, labels: list[dict], size: int, seed: int) -> str:
+def _export_row(row: dict[str, Any], labels: list[dict], size: int, seed: int) -> str:
+    image, name = row["image"], "demo_360 pilot" if row["pilot"] else "demo_360"
     url = f"https://example.invalid/{image}"
-    project = {"name": "demo_360", "labels": labels, "project_tags": []}
+    project = {"name": name, "labels": labels, "project_tags": []}
     media = {"height": size, "width": size, "asset_type": "image", "mime_type": "image/jpeg"}
     exported = {
         "data_row": {"id": _make_id(seed, image), "external_id": image, "row_data": url},
         "media_attributes": media | {"exif_rotation": "1"},
-        "projects": {_make_id(seed, "project"): project},
+        "projects": {_make_id(seed, "project", name): project},
     }
     return json.dumps(exported) + "\n"
 
 
 def _export(rows: list[dict[str, Any]], width: int, seed: int) -> str:
-    flags = _flag_rows(len(rows), seed)
+    flags, pilot = _flag_rows(len(rows), seed), _pilot_rows(len(rows), seed)
     lines = []
     for index, row in enumerate(rows):
-        labels = [_annotate(row, index, flags, seed)] if index not in flags["unlabelled"] else []
-        lines.append(_export_row(row["image"], labels, width // 2, seed))
+        row = row | {"pilot": index in pilot}
+        times = 0 if index in flags["unlabelled"] else 1 + (index in flags["twice"])
+        labels = [_annotate(row, index, flags, again > 0, seed) for again in range(times)]
+        lines.append(_export_row(row, labels, width // 2, seed))
     done = [i for i in range(len(rows)) if i not in flags["unlabelled"] + flags["skipped"]]
     return "".join([*lines, lines[done[len(done) // 2]]])  # exports do repeat a row at times
 
@@ -894,6 +928,31 @@ def make_demo(
     _write_text(out_dir / "demo_360.ndjson", _export(rows, width, seed))
     _write_text(out_dir / "truth.csv", truth.to_csv(index=False, lineterminator="\n"))
     return truth
+
+
+def sort_into_classes(folder: str | Path, photos: str | Path, truth: pd.DataFrame) -> None:
+    """Copy the halves below `photos` into class folders, as ImageNet has them.
+
+    Eight classes: trees or not, water or not, an overcast or a sunny sky. `folder` gets
+    train/wNN/WALK/, val/wNN/WALK/ (days 4 and 9) and names.txt, a line `wNN words` per class.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    sites, truth = [site.name for site in SITES], truth.set_index("image")
+    for photo in sorted(Path(photos).rglob("*.jpg")):
+        row = truth.loc[photo.name]
+        sunny = plan_survey(sites.index(row["site"]), int(row["day"]) - 1, 1).weather.sunny
+        number = 1 + 4 * row["Trees"] + 2 * row["Water"] + sunny
+        part = "val" if row["day"] in (4, 9) else "train"
+        copy = temporary / part / f"w{number:02}" / f"{row['site']} {row['day']}" / photo.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(photo, copy)
+    places = ("open land", "open water", "wooded land", "wooded shore")
+    words = [f"{place} {sky}" for place in places for sky in ("overcast", "sunny")]
+    names = [f"w{number:02} {word}\n" for number, word in enumerate(words, start=1)]
+    _write_text(temporary / "names.txt", "".join(names))
+    os.replace(temporary, folder)
 
 
 def main() -> None:

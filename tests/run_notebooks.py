@@ -29,6 +29,7 @@ NOTEBOOKS = [
     "relabeling",
     "labelbox",
     "pretraining",
+    "scratch",
     "tuning",
 ]
 STYLE = """body {font: 16px sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em}

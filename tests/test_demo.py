@@ -12,7 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 
 import demo_360
-from data_utils import attach_images, read_labelbox, to_targets
+from data_utils import attach_images, panorama_name, read_labelbox, to_targets
 from demo_360 import LABELS, draw_panorama, make_demo, plan_survey
 
 N_PANORAMAS = 24  # 48 halves are enough for every odd case of the export
@@ -29,6 +29,14 @@ def demo(tmp_path_factory):
 def rows(demo):
     lines = (demo[0] / "demo_360.ndjson").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Export and truth of the demo as the README makes it, but for its size in pixels."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_demo(folder, width=128, n_jobs=1)
+    return folder
 
 
 def panoramas(folder):
@@ -191,25 +199,108 @@ def test_truth_file_is_the_table_that_is_returned(demo):
     assert (truth[LABELS].sum() > 0).all() and (truth[LABELS].mean() < 1).all()
 
 
-def test_targets_of_the_export_equal_the_truth_for_every_labelled_half(demo):
+def read_targets(folder) -> pd.DataFrame:
+    return to_targets(read_labelbox(folder / "demo_360.ndjson", problematic="keep")).set_index(
+        "image"
+    )
+
+
+def judged_twice(rows) -> list[str]:
+    return sorted({r["data_row"]["external_id"] for r in rows if len(labels_of(r)) == 2})
+
+
+def test_known_targets_of_the_export_equal_the_truth_where_one_annotator_judged(demo, rows):
     folder, truth = demo
-    answers = read_labelbox(folder / "demo_360.ndjson", problematic="keep")
-    targets = to_targets(answers).set_index("image")
+    targets = read_targets(folder)
     assert set(targets.columns) == set(LABELS)
-    unlabelled = answers.attrs["report"]["unlabelled"]
+    unlabelled = read_labelbox(folder / "demo_360.ndjson").attrs["report"]["unlabelled"]
     assert targets.loc[unlabelled].isna().all(axis=None)
-    judged = targets.drop(index=unlabelled)
-    assert len(judged) == 2 * N_PANORAMAS - 4
-    expected = truth.set_index("image").loc[judged.index, judged.columns]
-    np.testing.assert_array_equal(judged.to_numpy(), expected.to_numpy())
+    judged = targets.drop(index=[*unlabelled, *judged_twice(rows)])
+    assert len(judged) == 2 * N_PANORAMAS - 4 - 7
+    expected = truth.set_index("image").loc[judged.index, judged.columns].to_numpy(float)
+    np.testing.assert_array_equal(judged, np.where(judged.isna(), np.nan, expected))
 
 
-def test_grade_follows_how_much_of_the_object_is_visible(demo):
+def test_pilot_project_left_three_questions_unasked_of_whole_panoramas(demo, rows):
+    pilot = [r for r in rows if {p["name"] for p in r["projects"].values()} != {"demo_360"}]
+    assert {p["name"] for r in pilot for p in r["projects"].values()} == {"demo_360 pilot"}
+    images = {r["data_row"]["external_id"] for r in pilot}
+    assert len(images) == 2 * round(demo_360.PILOT_SHARE * N_PANORAMAS) == 8
+    assert len({panorama_name(image) for image in images}) == 4
+    unknown = read_targets(demo[0]).isna()
+    unlabelled = read_labelbox(demo[0] / "demo_360.ndjson").attrs["report"]["unlabelled"]
+    unknown = unknown.drop(index=unlabelled)
+    later = unknown[list(demo_360.ASKED_LATER)]
+    assert later.loc[later.index.isin(images)].all(axis=None)
+    assert not any(set(answers_of(row)) & set(demo_360.ASKED_LATER) for row in pilot)
+
+
+def test_checklist_with_a_distance_alone_is_an_unknown_cell(demo, rows):
+    lacking = {
+        (row["data_row"]["external_id"], answer["name"])
+        for row in rows
+        for label in labels_of(row)[:1]
+        for answer in label["annotations"]["classifications"]
+        if [o["name"] for o in answer.get("checklist_answers", [])][:1]
+        in (["Foreground"], ["Background"])
+    }
+    assert len(lacking) == 4
+    report = read_labelbox(demo[0] / "demo_360.ndjson").attrs["report"]
+    targets = read_targets(demo[0])
+    alone = [cell for cell in lacking if cell[0] not in judged_twice(rows)]
+    assert {image for image, _ in alone} <= set(report["without a grade"])
+    assert all(np.isnan(targets.loc[image, label]) for image, label in alone)
+
+
+def test_one_cell_in_sixteen_of_the_whole_demo_is_unknown(whole):
+    """Drawn small: who answers what depends on the seed and the number of photos alone."""
+    targets = read_targets(whole)
+    unknown = targets[~targets.isna().all(axis=1)].isna()
+    assert unknown.to_numpy().sum() == 242
+    assert 0.05 < unknown.mean(axis=None) < 0.08
+    later = unknown[list(demo_360.ASKED_LATER)].mean()
+    assert later.between(0.14, 0.17).all() and unknown.mean().drop(later.index).max() < 0.03
+
+
+def test_two_annotators_agree_mostly(whole):
+    """Krippendorff's alpha of two raters: 1 - (2 N - 1) disagreements / (present × absent)."""
+    answers = read_labelbox(whole / "demo_360.ndjson", problematic="keep")
+    judged = answers[answers["judged"]]
+    twice = judged.groupby("image")["label_id"].nunique()
+    assert twice.value_counts().to_dict() == {1: 480 - 4 - 72, 2: 72}
+    both = judged[judged["image"].isin(twice.index[twice == 2])]
+    first, second = (
+        to_targets(both[both["annotator"] == name].astype({"label": answers["label"].dtype}))
+        .set_index("image")
+        .sort_index()
+        for name in sorted(both["annotator"].unique())
+    )
+    alphas = {}
+    for label in LABELS:
+        pairs = np.stack([first[label], second[label]], axis=1)
+        pairs = pairs[~np.isnan(pairs).any(axis=1)]
+        present, n = pairs.sum(), pairs.size
+        differ = (pairs[:, 0] != pairs[:, 1]).sum()
+        alphas[label] = 1 - (n - 1) * differ / (present * (n - present))
+    assert min(alphas.values()) > 0.6
+    assert 0.8 < np.mean(list(alphas.values())) < 0.97
+
+
+def test_second_opinion_turns_few_targets_and_only_into_present(whole):
+    truth = pd.read_csv(whole / "truth.csv").set_index("image")
+    targets = read_targets(whole)
+    wrong = (targets != truth.loc[targets.index, targets.columns]) & targets.notna()
+    assert wrong.to_numpy().sum() == 6  # of 3 840; a tie counts as present
+    assert (targets.to_numpy()[wrong] == 1).all()
+
+
+def test_grade_follows_how_much_of_the_object_is_visible_to_the_first_annotator(demo, rows):
     folder, truth = demo
     answers = read_labelbox(folder / "demo_360.ndjson").dropna(subset=["grade"])
+    first = {label["id"] for row in rows for label in labels_of(row)[:1]}
     fractions = truth.set_index("image")
     assert set(answers["grade"]) == {1, 2, 3}
-    for label, given in answers.groupby("label", observed=True):
+    for label, given in answers[answers["label_id"].isin(first)].groupby("label", observed=True):
         given = given.assign(fraction=fractions.loc[given["image"], f"{label}_fraction"].to_numpy())
         by_grade = given.groupby("grade")["fraction"].agg(["min", "max"]).sort_index()
         assert (by_grade["min"].to_numpy()[:-1] >= by_grade["max"].to_numpy()[1:]).all(), label
@@ -221,8 +312,9 @@ def test_questions_are_graded_checklists_with_a_distance_and_one_radio(rows):
         for name, answer in answers_of(row).items():
             if "checklist_answers" in answer and name in LABELS:
                 kinds.setdefault(name, set()).add("checklist")
-                grade, distance = [option["name"] for option in answer["checklist_answers"]]
-                assert re.match(r"[123] - ", grade) and distance in ("Foreground", "Background")
+                *grade, distance = [option["name"] for option in answer["checklist_answers"]]
+                assert distance in ("Foreground", "Background")
+                assert len(grade) <= 1 and all(re.match(r"[123] - ", name) for name in grade)
             elif name in LABELS:
                 kinds.setdefault(name, set()).add("radio")
                 assert re.match(r"[123] - ", answer["radio_answer"]["name"])
@@ -266,7 +358,6 @@ def test_export_has_every_odd_case_of_a_real_one(demo, rows):
     report = read_labelbox(path).attrs["report"]
     assert set(report["unlabelled"]) == {*unlabelled, *skipped}
     assert report["problematic"] == flagged["Problematic"]
-    assert report["without a grade"] == []
     kept = read_labelbox(path)
     assert not set(kept["image"]) & set(flagged["Problematic"])
     assert list(kept["label"].cat.categories).count("Revisit") == 0
@@ -284,3 +375,29 @@ def test_export_names_the_halves_that_the_split_will_write(demo, tmp_path):
     found = attach_images(targets, tmp_path)
     assert len(found) == 2 * N_PANORAMAS
     assert (found.groupby("group_id").size() == 2).all()
+
+
+def test_demo_class_folders_sort_by_what_is_seen_and_keep_two_days_for_validation(tmp_path):
+    rows = []
+    for number, site in enumerate(("Heron Marsh", "Willow Fen")):
+        for day in range(1, 11):
+            photo = tmp_path / "halves" / site / f"Day {day}" / f"{site}{day}_left.jpg"
+            photo.parent.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(photo)
+            rows.append({"image": photo.name, "site": site, "day": day})
+            rows[-1] |= {"Trees": number, "Water": day % 2}
+    folder, truth = tmp_path / "classes", pd.DataFrame(rows)
+    demo_360.sort_into_classes(folder, tmp_path / "halves", truth)
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.jpg"))
+    assert len(found) == 20
+    days = [path.split("/")[2].split()[-1] for path in found if path.startswith("val/")]
+    assert sorted(days) == ["4", "4", "9", "9"]
+    names = dict(line.split(" ", 1) for line in (folder / "names.txt").read_text().splitlines())
+    assert len(set(names.values())) == 8
+    for path in found:
+        _, wnid, place, _ = path.split("/")
+        number, day = int(place.startswith("Willow")), int(place.split()[-1])
+        sunny = demo_360.plan_survey(number, day - 1, 1).weather.sunny
+        ground = (("open land", "open water"), ("wooded land", "wooded shore"))[number][day % 2]
+        assert names[wnid] == f"{ground} {'sunny' if sunny else 'overcast'}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["classes", "halves"]

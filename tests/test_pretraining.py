@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torchvision
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import data_utils as du
-import demo_360
 
 SWIN_V2 = ("swinv2_tiny_window8_256", {"window_size": 4, "embed_dim": 12, "depths": (2, 2)})
 SWIN_V2[1]["num_heads"] = (2, 2)
@@ -292,9 +291,34 @@ def test_names_without_decay_really_get_none(nb, photos, tmp_path):
 
 def saved_backbone(nb, kind, folder, size=(32, 64)):
     model = nb.SimMIM(backbone_of(kind, size), 16)
-    path = folder / "pretrained.pt"
-    nb.save_backbone(model.encoder.backbone, path)
+    path = folder / "pretrained.safetensors"
+    nb.save_backbone(model.encoder.backbone, path, epochs=3)
     return model.encoder.backbone, path
+
+
+def windows_in(path):
+    """Return what the note beside a weight file says of windows, as an option of timm."""
+    note, key = json.loads(path.with_suffix(".json").read_text()), "pretrained_window_sizes"
+    return {key: note[key]} if key in note else {}
+
+
+def test_note_beside_the_weights_names_the_network_and_its_windows(nb, tmp_path):
+    _, path = saved_backbone(nb, "swinv2", tmp_path)
+    name, options = BACKBONES["swinv2"]
+    assert json.loads(path.with_suffix(".json").read_text()) == {
+        "model_name": name,
+        "model_kwargs": options | {"depths": [2, 2], "num_heads": [2, 2]},
+        "img_size": [32, 64],
+        "epochs": 3,
+        "pretrained_window_sizes": [[4, 4], [4, 4], 0, 0],
+    }
+    files = {p.name for p in tmp_path.iterdir()}
+    assert files == {"pretrained.safetensors", "pretrained.json"}
+
+
+@pytest.mark.parametrize("kind", ["swin", "vit", "convnext", "resnet"])
+def test_networks_that_compute_no_positions_have_no_windows_in_their_note(nb, tmp_path, kind):
+    assert windows_in(saved_backbone(nb, kind, tmp_path)[1]) == {}
 
 
 @pytest.mark.parametrize("kind", ["swinv2", "swin", "vit", "convnext"])
@@ -309,30 +333,6 @@ def test_saved_weights_are_taken_by_build_model(nb, tmp_path, kind, head):
     torch.testing.assert_close(features, backbone.forward_features(images))
 
 
-def test_position_tables_are_resized_for_another_window_and_size(nb, tmp_path):
-    _, path = saved_backbone(nb, "swin", tmp_path)
-    name, options = BACKBONES["swin"]
-    larger = {**options, "window_size": 8}
-    model = du.build_model(name, 3, pretrained=path, img_size=(64, 128), **larger)
-    table = model.layers[0].blocks[0].attn.relative_position_bias_table
-    assert len(table) == 15**2  # from 7²
-    old = torch.load(path, weights_only=True)["layers.0.blocks.0.attn.relative_position_bias_table"]
-    assert table[112].tolist() == pytest.approx(old[24].tolist(), abs=1e-6)  # no offset: the centre
-
-
-def test_position_embedding_of_vit_is_resized(nb, tmp_path):
-    backbone, path = saved_backbone(nb, "vit", tmp_path)
-    name, options = BACKBONES["vit"]
-    model = du.build_model(name, 3, pretrained=path, img_size=(64, 128), **options)
-    assert backbone.pos_embed.shape[1] == 1 + 2 * 4
-    assert model.pos_embed.shape[1] == 1 + 4 * 8
-    old, new = backbone.pos_embed[0, 1:].view(2, 4, -1), model.pos_embed[0, 1:].view(4, 8, -1)
-    with torch.no_grad():  # rows stay rows: far corners stay alike
-        for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
-            same = torch.cosine_similarity(old[row, column], new[row, column], dim=0)
-            assert same > 0.9
-
-
 def offset_bias(model):
     """Return the bias of every offset of the first block's window, (2w-1, 2w-1, heads)."""
     attention = model.layers[0].blocks[0].attn
@@ -341,228 +341,66 @@ def offset_bias(model):
 
 
 def test_swinv2_computes_the_same_bias_for_the_same_offset_in_a_larger_window(nb, tmp_path):
-    backbone, path = saved_backbone(nb, "swinv2", tmp_path)
+    backbone, path = saved_backbone(nb, "swinv2", tmp_path, (32, 32))
     name, options = BACKBONES["swinv2"]
     options = {**options, "window_size": 8}
-    model = du.build_model(name, 3, pretrained=path, img_size=(64, 64), **options)
+    larger = {**options, **windows_in(path)}
+    model = du.build_model(name, 3, pretrained=path, img_size=(64, 64), **larger)
     small, large = offset_bias(backbone), offset_bias(model)
     assert small.shape[:2] == (7, 7)
     assert large.shape[:2] == (15, 15)
     torch.testing.assert_close(large[4:-4, 4:-4], small)
     # twice: the file of the larger window still counts from the first
-    nb.save_backbone(model, tmp_path / "again.pt")
-    again = du.build_model(name, 3, pretrained=tmp_path / "again.pt", img_size=64, **options)
-    torch.testing.assert_close(offset_bias(again), large)
-    # without any table the positions are shares of the new window
-    torch.save(backbone.state_dict(), path)
-    bare = du.build_model(name, 3, pretrained=path, img_size=(64, 64), **options)
-    torch.testing.assert_close(offset_bias(bare)[::14, ::14], small[::6, ::6])
-    assert not torch.allclose(offset_bias(bare), large)
+    again = tmp_path / "again.safetensors"
+    nb.save_backbone(model, again, epochs=3)
+    assert windows_in(again) == windows_in(path)
+    larger = {**options, **windows_in(again)}
+    model = du.build_model(name, 3, pretrained=again, img_size=64, **larger)
+    torch.testing.assert_close(offset_bias(model), large)
+    # without a note the positions are shares of the new window
+    bare = tmp_path / "bare.safetensors"
+    save_file(backbone.state_dict(), bare)
+    model = du.build_model(name, 3, pretrained=bare, img_size=(64, 64), **options)
+    torch.testing.assert_close(offset_bias(model)[::14, ::14], small[::6, ::6])
+    assert not torch.allclose(offset_bias(model), large)
 
 
-def test_window_of_pretraining_is_known_to_the_saved_classifier(nb, tmp_path):
-    _, path = saved_backbone(nb, "swinv2", tmp_path)
-    name, options = BACKBONES["swinv2"]
-    options = {**options, "window_size": 8}
-    model = du.build_model(name, 2, "csra", pretrained=path, img_size=64, **options)
-    assert model.spec["model_kwargs"]["pretrained_window_sizes"][:2] == [[4, 4], [4, 4]]
-    classifier = du.Classifier(model, ["a", "b"], [0.5, 0.5])
-    loaded = du.Classifier.load(classifier.save(tmp_path))
-    torch.testing.assert_close(offset_bias(loaded.model.backbone), offset_bias(model.backbone))
-
-
-def test_file_with_fewer_stages_is_refused_in_a_sentence(nb, tmp_path):
-    _, path = saved_backbone(nb, "swinv2", tmp_path)
-    more = {**BACKBONES["swinv2"][1], "depths": (2, 2, 2), "num_heads": (2, 2, 2)}
-    with pytest.raises(ValueError, match=r"lacks \d+ of \d+ weights of swinv2_tiny_window8_256"):
-        du.build_model(BACKBONES["swinv2"][0], 2, pretrained=path, img_size=64, **more)
-
-
-def test_windows_that_are_not_square_and_windows_that_are_given(nb, tmp_path):
+def test_windows_that_are_not_square(nb, tmp_path):
     backbone, path = saved_backbone(nb, "swinv2", tmp_path, (16, 32))  # maps of 4 × 8, 2 × 4
     assert [m.window_size for m in backbone.modules() if hasattr(m, "cpb_mlp")][2:] == [(2, 4)] * 2
-    name, options = BACKBONES["swinv2"]
-    model = du.build_model(name, 2, pretrained=path, img_size=64, **options)
-    assert model.spec["model_kwargs"]["pretrained_window_sizes"][:2] == [[4, 4], [2, 4]]
-    own = {**options, "pretrained_window_sizes": (6, 6)}
-    given = du.build_model(name, 2, pretrained=path, img_size=64, **own)
-    assert given.spec["model_kwargs"]["pretrained_window_sizes"] == (6, 6)
+    assert windows_in(path)["pretrained_window_sizes"] == [[4, 4], [2, 4], 0, 0]
 
 
 def test_weights_with_two_classifiers_are_loaded_again(nb, tmp_path):
     options = {"embed_dim": 24, "depth": 1, "num_heads": 2}
     name = "deit_tiny_distilled_patch16_224"
     backbone = du.build_model(name, 0, pretrained=False, img_size=32, **options)
-    nb.save_backbone(backbone, tmp_path / "b.pt")
-    model = du.build_model(name, 3, pretrained=tmp_path / "b.pt", img_size=32, **options)
+    nb.save_backbone(backbone, tmp_path / "b.safetensors", epochs=3)
+    model = du.build_model(name, 3, pretrained=tmp_path / "b.safetensors", img_size=32, **options)
     assert torch.equal(model.dist_token, backbone.dist_token)
-
-
-def test_positions_that_cannot_be_resized_are_named(nb, tmp_path):
-    name, options = "hiera_tiny_224", {"embed_dim": 24, "stages": (1, 1, 1, 1), "num_heads": 1}
-    backbone = du.build_model(name, 0, pretrained=False, img_size=(64, 128), **options)
-    nb.save_backbone(backbone, tmp_path / "b.pt")
-    with pytest.raises(
-        ValueError, match=r"lacks 1 of \d+ weights of hiera_tiny_224 in its shape: pos"
-    ):
-        du.build_model(name, 3, pretrained=tmp_path / "b.pt", img_size=(128, 256), **options)
 
 
 # ---------------------------------------------------------------- the rest of the notebook
 
 
-def test_lenet_has_the_parameters_of_the_paper_but_for_three_colours(nb):
-    counts = [3 * 6 * 25 + 6, 6 * 16 * 25 + 16, 400 * 120 + 120, 120 * 84 + 84, 84 * 10 + 10]
-    assert sum(p.numel() for p in nb.lenet(10).parameters()) == sum(counts) == 62_006
-
-
-def test_alexnet_is_that_of_torchvision(nb):
-    torch.manual_seed(0)
-    reference, own = torchvision.models.alexnet().eval(), nb.alexnet().eval()
-    pairs = list(zip(own.parameters(), reference.parameters(), strict=True))
-    for mine, theirs in pairs:
-        mine.data.copy_(theirs.data)
-    image = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        torch.testing.assert_close(own(image), reference(image))
-
-
-def test_teaching_networks_are_built_and_loaded_by_name(nb, tmp_path):
-    assert nb.lenet is not None  # importing the notebook registered both
-    for name, options in (("lenet", {}), ("alexnet", {"hidden": 8})):
-        model = du.build_model(name, 4, pretrained=False, img_size=64, **options)
-        classifier = du.Classifier(model, list("abcd"), activation="softmax")
-        loaded = du.Classifier.load(classifier.save(tmp_path))
-        picture = np.zeros((64, 64, 3), np.uint8)
-        pd.testing.assert_frame_equal(loaded.predict(picture), classifier.predict(picture))
-
-
-class Slope(nn.Module):
-    """Loss = (w - 1)²: falls while the rate is below 1, explodes above."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(1, 1, bias=False)
-        nn.init.zeros_(self.head.weight)
-
-    def forward(self, x):
-        return self.head(x)
-
-
-def fake_trainer(nb, factor):
-    class Fake:
-        def __init__(self):
-            self.model = Slope()
-            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
-
-        loader = [(torch.ones(4, 1), torch.ones(4, 1))] * 2
-
-        class accelerator:  # noqa: N801
-            @staticmethod
-            def backward(loss):
-                loss.backward()
-
-        def training_loss(self, images, targets):
-            return factor * (self.model(images) - targets).square().mean()
-
-    return Fake()
-
-
-def test_learning_rate_finder_stops_at_the_explosion_and_suggests_the_steepest_fall(nb):
-    """Gradient descent on f·w² with curvature 2 f is stable below the rate 1 / f."""
-    for factor in (1.0, 10.0):
-        table, suggestion = nb.find_learning_rate(fake_trainer(nb, factor), 1e-4, 1e3, 100)
-        assert table["rate"].iloc[0] == pytest.approx(1e-4)
-        assert np.ptp(np.diff(np.log(table["rate"]))) < 1e-9
-        assert len(table) < 100
-        assert table["loss"].iloc[-1] >= 3 * table["loss"].iloc[0]
-        assert 0.005 / factor < suggestion < 1 / factor
-
-
-def test_learning_rate_finder_says_where_nothing_falls(nb):
-    with pytest.raises(ValueError, match="the loss fell at no rate; search between other rates"):
-        nb.find_learning_rate(fake_trainer(nb, 1.0), 10.0, 1e3, 30)
-
-
-def test_learning_rate_finder_stands_noise(nb):
-    """Noise of 5 % of the loss on every batch; nineteen in twenty suggestions must be usable."""
-    rng, suggestions = np.random.default_rng(0), []
-    for _ in range(40):
-        trainer = fake_trainer(nb, 1.0)
-        clean = trainer.training_loss
-        trainer.training_loss = lambda *batch: clean(*batch) + 0.05 * rng.normal()  # noqa: B023
-        suggestions.append(nb.find_learning_rate(trainer, 1e-4, 1e3, 60)[1])
-    assert np.quantile(suggestions, 0.05) > 1e-3
-    assert np.quantile(suggestions, 0.95) < 1
-
-
-def test_learning_rate_finder_scales_layers_by_their_share(nb):
-    trainer = fake_trainer(nb, 1.0)
-    trainer.optimizer.param_groups[0]["lr_scale"] = 0.5
-    nb.find_learning_rate(trainer, 1e-3, 1e-1, 30)
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
-
-
-def test_submission_has_a_line_a_photo(nb, tmp_path):
-    path = tmp_path / "out" / "submission.csv"
-    nb.write_submission(path, ["a/1.jpg", "b/2.JPEG"], ["sea, open", "bog"])
-    assert path.read_text() == 'id,label\n1,"sea, open"\n2,bog\n'
-    with pytest.raises(ValueError, match=r"submission\.csv: 'b/1\.jpg' twice; leave one out"):
-        nb.write_submission(path, ["b/1.jpg", "b/1.jpg"], ["sea", "bog"])
-    assert len(pd.read_csv(path)) == 2  # the old one stands
-    nb.write_submission(path, ["a/1.jpg", "b/1.jpg"], ["sea", "bog"])  # a name twice
-    assert pd.read_csv(path)["id"].tolist() == ["a/1.jpg", "b/1.jpg"]
-
-
-def test_demo_class_folders_sort_by_what_is_seen_and_keep_two_days_for_validation(nb, tmp_path):
-    rows = []
-    for number, site in enumerate(("Heron Marsh", "Willow Fen")):
-        for day in range(1, 11):
-            photo = tmp_path / "halves" / site / f"Day {day}" / f"{site}{day}_left.jpg"
-            photo.parent.mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(photo)
-            rows.append({"image": photo.name, "site": site, "day": day})
-            rows[-1] |= {"Trees": number, "Water": day % 2}
-    folder, truth = tmp_path / "classes", pd.DataFrame(rows)
-    nb.draw_class_folders(folder, tmp_path / "halves", truth)
-    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.jpg"))
-    assert len(found) == 20
-    days = [path.split("/")[2].split()[-1] for path in found if path.startswith("val/")]
-    assert sorted(days) == ["4", "4", "9", "9"]
-    names = dict(line.split(" ", 1) for line in (folder / "names.txt").read_text().splitlines())
-    assert len(set(names.values())) == 8
-    for path in found:
-        _, wnid, place, _ = path.split("/")
-        number, day = int(place.startswith("Willow")), int(place.split()[-1])
-        sunny = demo_360.plan_survey(number, day - 1, 1).weather.sunny
-        ground = (("open land", "open water"), ("wooded land", "wooded shore"))[number][day % 2]
-        assert names[wnid] == f"{ground} {'sunny' if sunny else 'overcast'}"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["classes", "halves"]
-
-
-def test_class_folders_too_shallow_for_their_groups_are_refused(nb, monkeypatch):
-    monkeypatch.setattr(nb, "CLASS_GROUP_BY", 1)
-    with pytest.raises(ValueError, match=r"a\.jpg does not lie in 1 folders below its class; set"):
-        nb.group_of("train/w01/a.jpg")
-
-
-@pytest.mark.parametrize(
-    ("group_by", "image", "group"),
-    [
-        (1, "train/w01/Mere 4/a_left.jpg", "Mere 4"),
-        (2, "val/w02/Mere/4/a.jpg", "Mere/4"),
-        (1, "train/w02/Mere 4/a_right.jpg", "Mere 4"),  # of another class
-    ],
-)
-def test_class_folders_are_grouped_across_classes(nb, monkeypatch, group_by, image, group):
-    monkeypatch.setattr(nb, "CLASS_GROUP_BY", group_by)
-    assert nb.group_of(image) == group
-
-
 def test_photo_is_held_back_with_its_walk_or_as_a_panorama(nb, monkeypatch, tmp_path):
-    monkeypatch.setattr(nb, "PANORAMA_DIR", str(tmp_path))
+    monkeypatch.setattr(nb, "PHOTO_DIR", str(tmp_path))
     places = nb.places_of(tmp_path / "Mere" / "Day 2" / "a_left.jpg")
     assert places == {"Mere/Day 2/a", "Mere/Day 2", "Mere", "."}
+
+
+def test_share_of_the_photos_is_repeated_to_the_same_number_of_steps(nb, photos):
+    labels = photos.assign(group_id=range(10), grass=[1.0, 0.0] * 5)
+    whole = du.DataPartition(labels, ["grass"])
+    few = nb.with_share(whole, 0.3, seed=0)
+    assert len(few) == len(whole) == 10
+    assert len(set(few.paths)) == 3 and len(few.targets) == len(few.groups) == 10
+    for path, target, group in zip(few.paths, few.targets, few.groups):
+        row = labels[labels["image_path"] == path].iloc[0]
+        assert (target.item(), group) == (row["grass"], row["group_id"])
+    assert sorted(nb.with_share(whole, 1.0, seed=0).paths) == sorted(whole.paths)
+    assert nb.with_share(whole, 0.3, seed=0).paths == few.paths
+    assert whole.paths == labels["image_path"].tolist()
 
 
 TWO_PROCESSES = """
