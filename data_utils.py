@@ -1990,13 +1990,10 @@ def _head_options(head: str) -> set[str]:
 
 
 def feature_map(model: nn.Module, features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Return unpooled features of a timm model as (B, C, h, w), whatever their layout.
+    """Return unpooled features of any timm model as a map (B, C, h, w).
 
-    Args:
-        size: height and width of the images; says how tokens (B, N, C) form a grid.
-
-    Raises:
-        ValueError: pooled features, a single position, or tokens that form no grid.
+    `size`, height and width of the images, says in which grid tokens (B, N, C) stand; ValueError
+    where they stand in none, or the features are pooled.
     """
     found = features
     if features.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
@@ -2042,20 +2039,18 @@ def build_model(
 ) -> nn.Module:
     """Build a timm backbone with a new head that starts small: (B, 3, H, W) → logits (B, L).
 
+    `.data_config` says how to prepare images, `.spec` how to build it again.
+
     Args:
+        head: "linear", "csra" or "mldecoder".
         pretrained: True (Hugging Face hub), False (random weights) or a weight file. A JSON of the
             same name beside it may hold "pretrained_window_sizes", which SwinV2 must know.
         img_size: input height and width in pixels; None is the model's own.
         head_bias: the logits that the head starts from (L,), see `base_rate_logits`; None: zeros.
         **kwargs: options of `CSRA` or `MLDecoder` go to the head, all else to timm.
 
-    Returns:
-        The model; `.data_config` says how to prepare images, `.spec` how to build it again.
-
     Raises:
-        ValueError: unknown model or head, a size or an option that it cannot take, a weight file
-            that does not fit.
-        RuntimeError: the hub cannot be reached.
+        ValueError: something does not exist or does not fit; RuntimeError: no weights from the hub.
     """
     _check_choice("head", head, HEADS)
     if not timm.is_model(name):
@@ -2251,6 +2246,10 @@ def gains_by_channels_last(model: nn.Module) -> bool:
     return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 8
 
 
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    return torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
+
+
 def _autocast(model: nn.Module, device: str) -> torch.autocast:
     precision = fast_precision(model, device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -2277,8 +2276,7 @@ def extract_features(
     cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
     if cached and cached.is_file():
         return torch.from_numpy(np.load(cached, allow_pickle=False))
-    device = next(model.parameters()).device
-    layout = torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
+    device, layout = next(model.parameters()).device, _memory_format(model)
     model.to(memory_format=layout).eval()
     found, loader = [], make_loader(dataset, batch_size, num_workers=num_workers)
     # not inference_mode: a head could not be trained on its tensors
@@ -2295,6 +2293,13 @@ def extract_features(
         with replacing(cached) as temporary, open(temporary, "wb") as file:
             np.save(file, features.contiguous().numpy(), allow_pickle=False)
     return features
+
+
+def store_features(model: nn.Module, part: DataPartition, config: "TrainConfig") -> "FeatureSet":
+    """Return the feature maps of a part as a data set for heads, see `extract_features`."""
+    options = {"num_workers": config.num_workers, "cache_dir": config.cache_dir}
+    maps = extract_features(model, part, config.batch_size, **options)
+    return FeatureSet(maps, part.targets, part.label_columns)
 
 
 def _features_key(model, dataset, pooled):
@@ -2344,16 +2349,10 @@ def fit_probe(
     exclusive: bool = False,
     seed: int = 42,
 ) -> tuple[nn.Linear, pd.Series]:
-    """Fit a linear probe: one logistic regression per label on features of a frozen backbone.
+    """Fit one logistic regression per label on features (N, C) of a frozen backbone.
 
-    How strongly it is held back (one strength for all labels) is chosen by the log loss on groups
-    left out in turn.
-
-    Args:
-        features: (N, C), e.g. of `extract_features(pooled=True)`.
-        targets: (N, L) of the training part, NaN for unknown.
-        groups: (N,), never divided between folds; None: every row is its own.
-        exclusive: one class an image: one softmax instead of L sigmoids.
+    How strongly they are held back (one strength for all) is chosen by the log loss on groups left
+    out in turn. Targets (N, L) are NaN where unknown; `exclusive` classes get one softmax.
 
     Returns:
         The layer, features (B, C) → logits (B, L), and the log loss of each strength.
@@ -2393,26 +2392,19 @@ def use_probe(model: nn.Module, probe: nn.Linear) -> None:
 
 
 @torch.inference_mode()
-def _time_batch(model, batch_size):
+def _seconds(model, batch_size):
     device = next(model.parameters()).device
     images = torch.randn(batch_size, *model.data_config["input_size"], device=device)
-    if gains_by_channels_last(model):
-        images = images.contiguous(memory_format=torch.channels_last)
-    model.eval()
-    with _autocast(model, device.type):
+    images = images.contiguous(memory_format=_memory_format(model))
+    with _autocast(model.eval(), device.type):
         return Timer("model(images)", globals={"model": model, "images": images}).timeit(1).mean
 
 
 def measure_throughput(
     models: dict[str, nn.Module], batch_size: int = 32, repeats: int = 5
 ) -> pd.DataFrame:
-    """Measure models side by side on noise: they take turns, the median counts.
-
-    Returns:
-        One line per model: parameters (millions), images_per_second (forward pass), relative (to
-        the first model).
-    """
-    turns = [{n: _time_batch(m, batch_size) for n, m in models.items()} for _ in range(repeats)]
+    """Return millions of parameters and images per second (forward pass, the median of turns)."""
+    turns = [{n: _seconds(m, batch_size) for n, m in models.items()} for _ in range(repeats)]
     table = pd.DataFrame(index=pd.Index(models, name="model"))
     table["parameters"] = [sum(p.numel() for p in m.parameters()) / 1e6 for m in models.values()]
     table["images_per_second"] = batch_size / pd.DataFrame(turns).median()
@@ -3813,7 +3805,7 @@ class Classifier:
             maps = _label_maps(self.model, views, index)
             probs = _to_probs(self.model(views), self.activation == "softmax")[:, index]
         probs = torch.tensor(probs, device=maps.device).view(-1, 1, 1)
-        maps = F.interpolate(maps[:, None], views.shape[2:], mode="bilinear")[:, 0]
+        maps = F.interpolate(maps[:, None], views.shape[2:], mode="nearest")[:, 0]
         maps = maps - maps.amin((1, 2), True)
         maps = (
             maps / maps.amax((1, 2), True).clamp(min=1e-12) * probs / probs.max().clamp(min=1e-12)
@@ -4004,4 +3996,70 @@ def plot_history(history: pd.DataFrame) -> plt.Figure:
     right.axvline(best["epoch"], ls=":", color="grey")
     right.set_title(f"best: {best[score]:.3f} in epoch {best['epoch']:.0f}")
     left.set(ylabel="loss", title="loss")
+    return figure
+
+
+# ---------------------------------------------------------------- two heads side by side
+
+
+def finish_run(trainer: Trainer) -> Classifier:
+    """Choose thresholds on validation, save best_classifier.json, and load what was saved."""
+    config, part = trainer.config, trainer.val_set
+    probs = trainer.predict(part, flip=config.flip_test)
+    options = {"view": config.view, "flip": config.flip_test}
+    classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
+    scores = summarize_scores(part.targets, probs, classifier.thresholds, n_bootstrap=0)
+    path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
+    return Classifier.load(path, part.label_columns)
+
+
+def differing_settings(
+    config: TrainConfig, model: nn.Module, other: TrainConfig, other_model: nn.Module
+) -> pd.DataFrame:
+    """Return a line for each setting, of training or of the model, that two runs do not share."""
+    runs = [
+        json.loads(json.dumps(asdict(c) | m.spec | m.data_config))  # tuples and lists alike
+        for c, m in ((config, model), (other, other_model))
+    ]
+    names = [key for key in runs[0] | runs[1] if runs[0].get(key) != runs[1].get(key)]
+    columns = {"here": runs[0], "baseline": runs[1]}
+    return pd.DataFrame({c: [str(run.get(n)) for n in names] for c, run in columns.items()}, names)
+
+
+def compare_classifiers(
+    one: Classifier, other: Classifier, part: DataPartition, config: TrainConfig
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return `compare_scores` of two classifiers on a part, and the probabilities of the first."""
+    options, columns = (config.batch_size, config.num_workers), [f"{n}_prob" for n in one.labels]
+    probs = [c.predict(part.paths, *options)[columns].to_numpy() for c in (one, other)]
+    names = part.label_columns, part.groups
+    return compare_scores(part.targets, *probs, *names, seed=config.seed), probs[0]
+
+
+def describe_comparison(table: pd.DataFrame, one: str, other: str) -> str:
+    """Say what `compare_scores` found about `one` against `other`, and which labels got worse."""
+    low, high = table.loc["mAP", ["low", "high"]]
+    ahead = f"{one if low > 0 else other} is" if low > 0 or high < 0 else "neither head is"
+    lines = {
+        label: f"{label} {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        for label, row in table.iterrows()
+    }
+    worse = [line for n, line in lines.items() if n != "mAP" and table["difference"][n] < 0]
+    found = f"{ahead} ahead on this test part, one seed: {lines['mAP']}, 95 % interval."
+    return f"{found[0].upper()}{found[1:]}\nWorse with {one}: {', '.join(worse) or 'no label'}."
+
+
+def plot_label_maps(
+    classifiers: dict[str, Classifier], examples: Sequence[tuple[str, str]]
+) -> plt.Figure:
+    """Draw where each classifier (a row) looks for a label in a photo (a column), cell by cell."""
+    pictures, titles = [], []
+    for name, classifier in classifiers.items():
+        answers = classifier.predict([path for path, _ in examples])
+        for i, (path, label) in enumerate(examples):
+            pictures.append(overlay_heat_map(path, classifier.explain(path, label)))
+            titles.append(f"{name}: {label} ({answers[f'{label}_prob'][i]:.2f})")
+    figure = show_images(pictures, titles, columns=len(examples), width=1.9)
+    colors = plt.cm.ScalarMappable(cmap="plasma")
+    figure.colorbar(colors, ax=figure.axes, label="strongest cell of each map = 1", shrink=0.8)
     return figure
