@@ -60,7 +60,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
@@ -103,7 +102,6 @@ __all__ = [
     "make_loader",
     "make_transforms",
     "mean_average_precision",
-    "measure_throughput",
     "open_image",
     "out_of_fold",
     "overlay_heat_map",
@@ -1874,11 +1872,11 @@ class CSRA(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, num_labels, num_features))
         nn.init.kaiming_uniform_(self.weight.flatten(0, 1), a=5**0.5)  # as a 1×1 convolution
         self.bias = nn.Parameter(torch.zeros(num_labels))
-        temperatures = torch.tensor(self.TEMPERATURES[heads], dtype=torch.float)
-        self.register_buffer("temperatures", temperatures.view(-1, 1, 1), persistent=False)
+        temperatures = torch.tensor(self.TEMPERATURES[heads], dtype=torch.float).view(-1, 1, 1)
+        self.register_buffer("temperatures", temperatures, persistent=False)
         self.register_load_state_dict_pre_hook(_stack_published_csra)
 
-    def _scores(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scores(self, features):
         """Return scores and attention of each head and label at each position, (B, heads, L, N)."""
         positions = _positions(features, self.weight.shape[-1])
         scores = torch.einsum("bnc,hlc->bhln", positions, F.normalize(self.weight, dim=-1))
@@ -2056,7 +2054,7 @@ def build_model(
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
-    head_kwargs = {key: kwargs.pop(key) for key in _head_options(head) & kwargs.keys()}
+    head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in _head_options(head)}
     foreign = kwargs.keys() & {option for other in HEADS for option in _head_options(other)}
     if foreign:
         raise ValueError(f"the {head} head has no option {_some(sorted(foreign))}.")
@@ -2206,21 +2204,19 @@ def _load_file(model, name, path, rename):
     if not path.is_file() or path.suffix in (".npz", ".npy"):
         raise ValueError(f"{path}: no such weight file; give a state dict or PRETRAINED = False.")
     own = model.state_dict()
-
-    def fitting(state, model):
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
         with contextlib.suppress(KeyError):  # weights of another architecture: named below
             state = _resize_wide_positions(state, model)
             state = rename(state, model) if rename else state
-        return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-
-    try:  # weights_only is timm's default
-        result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=fitting)
+        state = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+        missing = model.load_state_dict(state, strict=False).missing_keys
     except Exception as error:
         raise ValueError(f"{path}: not a state dict that is safe to load ({error}).") from None
     layers = _last_layers(model)
     new = tuple(f"{n}." for n, m in model.named_modules() if any(m is h for h in layers))
     old_torch = "num_batches_tracked"  # which its files lack
-    lost = [k for k in result.missing_keys if not (k.startswith(new) or k.endswith(old_torch))]
+    lost = [k for k in missing if not (k.startswith(new) or k.endswith(old_torch))]
     if lost:
         problem = f"lacks {len(lost)} of {len(own)} weights of {name} in its shape: {_some(lost)}"
         raise ValueError(f"{path}: {problem}.")
@@ -2306,8 +2302,8 @@ def _features_key(model, dataset, pooled):
     """Return a name that changes with the photos, the backbone's weights or the preparation."""
     files = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in dataset.paths]
     in_head = {id(tensor) for tensor in _classifier(model).state_dict(keep_vars=True).values()}
-    weights = model.state_dict(keep_vars=True).items()
-    backbone = {k: v.detach().cpu().numpy() for k, v in weights if id(v) not in in_head}
+    weights = model.state_dict(keep_vars=True).values()  # contiguous: the layout is in the hash
+    backbone = [w.detach().cpu().contiguous().numpy() for w in weights if id(w) not in in_head]
     return joblib.hash((files, str(dataset.transform), pooled, backbone))
 
 
@@ -2315,10 +2311,7 @@ PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 
 
 def _fit_logistic(x, y, strength, exclusive):
-    """Return (C + 1, L) of ridge logistic regressions: least Σ loss + ‖w‖² / 2 strength.
-
-    The same optimum as sklearn.linear_model.LogisticRegression(C=strength), all labels at once.
-    """
+    """Return weights (C + 1, L), the optimum of sklearn's LogisticRegression(C=strength)."""
     weights = torch.zeros(x.shape[1] + 1, y.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -2360,9 +2353,8 @@ def fit_probe(
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
     y = torch.as_tensor(np.asarray(targets), dtype=torch.float32)
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    x, losses, folds = (features - mean) / std, [], []
-    n_folds = min(n_folds, len(set(groups)))
-    if n_folds > 1:  # of a single group: the strongest penalty
+    x, losses, folds = (features - mean) / std, [], []  # no folds: the strongest penalty
+    if (n_folds := min(n_folds, len(set(groups)))) > 1:
         splitter = GroupKFold(n_folds, shuffle=True, random_state=seed)
         folds = list(splitter.split(x, groups=groups))
     for strength in PROBE_STRENGTHS:
@@ -2391,31 +2383,10 @@ def use_probe(model: nn.Module, probe: nn.Linear) -> None:
         layer.bias.copy_(probe.bias)
 
 
-@torch.inference_mode()
-def _seconds(model, batch_size):
-    device = next(model.parameters()).device
-    images = torch.randn(batch_size, *model.data_config["input_size"], device=device)
-    images = images.contiguous(memory_format=_memory_format(model))
-    with _autocast(model.eval(), device.type):
-        return Timer("model(images)", globals={"model": model, "images": images}).timeit(1).mean
-
-
-def measure_throughput(
-    models: dict[str, nn.Module], batch_size: int = 32, repeats: int = 5
-) -> pd.DataFrame:
-    """Return millions of parameters and images per second (forward pass, the median of turns)."""
-    turns = [{n: _seconds(m, batch_size) for n, m in models.items()} for _ in range(repeats)]
-    table = pd.DataFrame(index=pd.Index(models, name="model"))
-    table["parameters"] = [sum(p.numel() for p in m.parameters()) / 1e6 for m in models.values()]
-    table["images_per_second"] = batch_size / pd.DataFrame(turns).median()
-    return table.assign(relative=table["images_per_second"] / table["images_per_second"].iloc[0])
-
-
 def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Tensor:
-    """Return where the model looks for a label, (B, h, w) on its grid of positions.
+    """Return the head's attention for a label (B, h, w), for a linear head the activation map.
 
-    The head's attention; for a linear head the class activation map (Zhou et al., CVPR 2016,
-    arXiv 1512.04150): the logit that each position would have alone.
+    That is the logit each position would have alone (Zhou et al., CVPR 2016, arXiv 1512.04150).
     """
     features = model.forward_features(images)
     if isinstance(model, _HeadedModel):
@@ -4034,19 +4005,6 @@ def compare_classifiers(
     probs = [c.predict(part.paths, *options)[columns].to_numpy() for c in (one, other)]
     names = part.label_columns, part.groups
     return compare_scores(part.targets, *probs, *names, seed=config.seed), probs[0]
-
-
-def describe_comparison(table: pd.DataFrame, one: str, other: str) -> str:
-    """Say what `compare_scores` found about `one` against `other`, and which labels got worse."""
-    low, high = table.loc["mAP", ["low", "high"]]
-    ahead = f"{one if low > 0 else other} is" if low > 0 or high < 0 else "neither head is"
-    lines = {
-        label: f"{label} {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-        for label, row in table.iterrows()
-    }
-    worse = [line for n, line in lines.items() if n != "mAP" and table["difference"][n] < 0]
-    found = f"{ahead} ahead on this test part, one seed: {lines['mAP']}, 95 % interval."
-    return f"{found[0].upper()}{found[1:]}\nWorse with {one}: {', '.join(worse) or 'no label'}."
 
 
 def plot_label_maps(

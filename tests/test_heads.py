@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 import data_utils as du
+import demo_360
 
 TINY_SWIN = {"window_size": 4, "embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
 BACKBONES = {  # name, input size, timm arguments, grid of positions
@@ -752,9 +753,10 @@ def test_pooled_features_of_a_head_that_does_not_pool_are_refused():
         du.extract_features(build_resnet("csra"), Photos(), pooled=True)
 
 
-def test_throughput_counts_parameters_and_sets_the_first_model_to_one():
+def test_throughput_counts_parameters_and_sets_the_first_model_to_one(notebook_functions):
     models = {head: build_resnet(head, **HEAD_KWARGS[head]) for head in HEAD_KWARGS}
-    table = du.measure_throughput(models, batch_size=2, repeats=1)
+    measure = notebook_functions("mldecoder").measure_throughput
+    table = measure(models, batch_size=2, repeats=1)
     assert list(table.index) == ["linear", "csra", "mldecoder"]
     counted = [sum(p.numel() for p in m.parameters()) / 1e6 for m in models.values()]
     assert table["parameters"].tolist() == counted
@@ -819,19 +821,32 @@ def comparison(**rows):
     ("total", "start"),
     [
         ((0.05, 0.01, 0.09), "CSRA is ahead"),
-        ((-0.05, -0.09, -0.01), "Linear is ahead"),
-        ((0.05, -0.01, 0.09), "Neither head is ahead"),
+        ((-0.05, -0.09, -0.01), "the linear head is ahead"),
+        ((0.05, -0.01, 0.09), "neither head is ahead"),
     ],
 )
-def test_comparison_is_told_with_its_interval_and_what_got_worse(total, start):
+def test_comparison_is_told_with_its_interval_and_what_got_worse(notebook_functions, total, start):
     table = comparison(Sun=(0.1, 0, 0.2), Tree=(-0.064, -0.194, -0.007), mAP=total)
-    text = du.describe_comparison(table, "CSRA", "linear")
-    assert text.startswith(
-        f"{start} on this test part, one seed: mAP {total[0]:+.3f} ({total[1]:+.3f} to"
-    )
-    assert "Worse with CSRA: Tree -0.064 (-0.194 to -0.007)." in text
-    assert "Sun" not in text
-    assert "no label." in du.describe_comparison(table.drop("Tree"), "CSRA", "linear")
+    text = notebook_functions("csra").tell(table)
+    interval = "mAP {:+.3f} ({:+.3f} to {:+.3f}).".format(*total)
+    assert text.startswith(f"{start} on this test part, one seed: {interval}")
+    assert "Worse: ['Tree -0.064 (-0.194 to -0.007)']" in text
+    assert "no label" in notebook_functions("csra").tell(table.drop("Tree"))
+
+
+def test_demo_knows_which_cells_show_a_label(notebook_functions, tmp_path):
+    """The pointing game of csra.ipynb redraws a photo of the demo."""
+    nb = notebook_functions("csra")
+    nb.config, nb.grid = du.TrainConfig(img_width=64), (4, 4)
+    survey = demo_360.plan_survey(0, 1, 3)  # the fourth to sixth photo
+    ids = demo_360.draw_panorama(survey, 2, 128)[1][:, 64:]
+    for label in ("Grass", "Sun", "Hills"):
+        shown = ids == demo_360.LABELS.index(label) + 1
+        cells = [[shown[y : y + 16, x : x + 16].mean() >= 0.1 for x in range(0, 64, 16)]
+                 for y in range(0, 64, 16)]  # fmt: skip
+        found = nb.cells_with("a/IMG_20240503_115659_0005_right.jpg", label)
+        assert found.tolist() == cells
+    assert nb.cells_with("a/IMG_20240503_115659_0005_right.jpg", "Grass").any()
 
 
 def test_two_classifiers_are_compared_on_the_same_photos(tmp_path):
