@@ -2302,8 +2302,8 @@ def _features_key(model, dataset, pooled):
     """Return a name that changes with the photos, the backbone's weights or the preparation."""
     files = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in dataset.paths]
     in_head = {id(tensor) for tensor in _classifier(model).state_dict(keep_vars=True).values()}
-    weights = model.state_dict(keep_vars=True).values()  # contiguous: the layout is in the hash
-    backbone = [w.detach().cpu().contiguous().numpy() for w in weights if id(w) not in in_head]
+    weights = model.state_dict(keep_vars=True).values()  # flat: strides are part of the hash
+    backbone = [w.detach().cpu().reshape(-1).numpy() for w in weights if id(w) not in in_head]
     return joblib.hash((files, str(dataset.transform), pooled, backbone))
 
 
@@ -4016,7 +4016,7 @@ def plot_label_maps(
         answers = classifier.predict([path for path, _ in examples])
         for i, (path, label) in enumerate(examples):
             pictures.append(overlay_heat_map(path, classifier.explain(path, label)))
-            titles.append(f"{name}: {label} ({answers[f'{label}_prob'][i]:.2f})")
+            titles.append(f"{name}\n{label} ({answers[f'{label}_prob'][i]:.2f})")
     figure = show_images(pictures, titles, columns=len(examples), width=1.9)
     colors = plt.cm.ScalarMappable(cmap="plasma")
     figure.colorbar(colors, ax=figure.axes, label="strongest cell of each map = 1", shrink=0.8)

@@ -865,8 +865,8 @@ def test_two_classifiers_are_compared_on_the_same_photos(tmp_path):
     assert found.loc["a", "AP"] == pytest.approx(expected["a"])
     figure = du.plot_label_maps({"one": one, "other": other}, [(part.paths[0], "a")] * 2)
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles[0] == f"one: a ({probs[0, 0]:.2f})"
-    assert titles[2].startswith("other: a (0.")
+    assert titles[0] == f"one\na ({probs[0, 0]:.2f})"
+    assert titles[2].startswith("other\na (0.")
     picture = figure.axes[0].images[0].get_array()
     heat_map = one.explain(part.paths[0], "a")
     assert picture.shape[:2] == heat_map.shape
