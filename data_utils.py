@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -81,7 +82,7 @@ __all__ = [
     "compare_scores",
     "extract_features",
     "fast_precision",
-    "feature_layout",
+    "feature_map",
     "find_near_duplicates",
     "find_optimal_thresholds",
     "fit_probe",
@@ -93,7 +94,6 @@ __all__ = [
     "make_loader",
     "make_transforms",
     "mean_average_precision",
-    "measure_throughput",
     "open_image",
     "out_of_fold",
     "overlay_heat_map",
@@ -1001,70 +1001,27 @@ def out_of_fold(
 # ---------------------------------------------------------------- heads
 
 
-class _SpatialHead(nn.Module):
-    """What heads that look at positions share: how features become tokens.
-
-    Args:
-        num_features: C, channels of the backbone.
-        input_fmt: of features with four dimensions, "NCHW" or "NHWC".
-        num_prefix_tokens: class and register tokens before the positions of (B, N, C) features.
-    """
-
-    def __init__(self, num_features: int, input_fmt: str, num_prefix_tokens: int) -> None:
-        super().__init__()
-        _check_choice("input_fmt", input_fmt, ("NCHW", "NHWC"))
-        self.num_features = num_features
-        self.input_fmt, self.num_prefix_tokens = input_fmt, num_prefix_tokens
-
-    def tokens(self, features: torch.Tensor) -> torch.Tensor:
-        """Return (B, N, C), one row a position of the feature map.
-
-        Raises:
-            ValueError: pooled features, or another number of channels.
-        """
-        if features.ndim == 4:
-            is_last = self.input_fmt == "NHWC"
-            tokens = features.flatten(1, 2) if is_last else features.flatten(2).transpose(1, 2)
-        elif features.ndim == 3:
-            tokens = features[:, self.num_prefix_tokens :]
-        else:
-            raise ValueError(
-                f"pooled features {tuple(features.shape)}: a head that looks at positions needs a"
-                " map (B, C, H, W) or (B, H, W, C), or tokens (B, N, C)."
-            )
-        if tokens.shape[-1] != self.num_features:
-            problem = f"features {tuple(features.shape)} ({self.input_fmt})"
-            raise ValueError(f"{problem} do not have the {self.num_features} channels expected.")
-        return tokens
+def _positions(features, num_features):
+    """Return the positions of a feature map (B, C, h, w) one after the other, (B, N, C)."""
+    if features.ndim != 4 or features.shape[1] != num_features:
+        expected = f"a head needs a map (B, {num_features}, h, w), see feature_map"
+        raise ValueError(f"features {tuple(features.shape)}: {expected}.")
+    return features.flatten(2).transpose(1, 2)
 
 
-class CSRA(_SpatialHead):
+class CSRA(nn.Module):
     """Class-specific residual attention (Zhu & Wu, ICCV 2021, arXiv 2108.02456).
 
-    With scores s = x·w / ‖w‖ at every position, a label's logit is
-    mean(s) + λ Σ softmax(T s) s, summed over heads, each with weights and a temperature T of its
-    own; T = 99 stands for the maximum. Published weights (`multi_head.{i}.head.weight`) load; the
-    bias, which they lack, is then zero.
-
-    Args:
-        heads: 1, 2, 4, 6 or 8.
-        lam: λ, weight of the attention against the mean; 0 or more.
+    With scores s = x·w / ‖w‖ at every position, a label's logit is mean(s) + λ Σ softmax(T s) s,
+    summed over heads, each with weights and a temperature T of its own; T = 99 stands for the
+    maximum. Published weights (`multi_head.{i}.head.weight`) load.
     """
 
-    MAX_POOLING = 99
     TEMPERATURES = {1: [1], 2: [1, 99], 4: [1, 2, 4, 99], 6: [1, 2, 3, 4, 5, 99]}
     TEMPERATURES[8] = [1, 2, 3, 4, 5, 6, 7, 99]
 
-    def __init__(
-        self,
-        num_features: int,
-        num_labels: int,
-        heads: int = 1,
-        lam: float = 0.1,
-        input_fmt: str = "NCHW",
-        num_prefix_tokens: int = 0,
-    ) -> None:
-        super().__init__(num_features, input_fmt, num_prefix_tokens)
+    def __init__(self, num_features: int, num_labels: int, heads: int = 1, lam: float = 0.1):
+        super().__init__()
         _check_choice("heads", heads, self.TEMPERATURES)
         if not 0 <= lam < float("inf"):
             raise ValueError(f"lam={lam}: the weight of the attention must be 0 or more.")
@@ -1072,35 +1029,31 @@ class CSRA(_SpatialHead):
         self.weight = nn.Parameter(torch.empty(heads, num_labels, num_features))
         nn.init.kaiming_uniform_(self.weight.flatten(0, 1), a=5**0.5)  # as a 1×1 convolution
         self.bias = nn.Parameter(torch.zeros(num_labels))
-        temperatures = torch.tensor(self.TEMPERATURES[heads], dtype=torch.float)
-        self.register_buffer("temperatures", temperatures.view(-1, 1, 1), persistent=False)
+        temperatures = torch.tensor(self.TEMPERATURES[heads], dtype=torch.float).view(-1, 1, 1)
+        self.register_buffer("temperatures", temperatures, persistent=False)
         self.register_load_state_dict_pre_hook(_stack_published_csra)
 
-    def _scores(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the score of each head and label at each position, (B, heads, L, N)."""
-        weight = F.normalize(self.weight, dim=-1)
-        return torch.einsum("bnc,hlc->bhln", self.tokens(features), weight)
+    def _scores(self, features):
+        """Return scores and attention of each head and label at each position, (B, heads, L, N)."""
+        positions = _positions(features, self.weight.shape[-1])
+        scores = torch.einsum("bnc,hlc->bhln", positions, F.normalize(self.weight, dim=-1))
+        attention = (self.temperatures * scores).softmax(-1)
+        highest = F.one_hot(scores.argmax(-1), scores.shape[-1]).to(attention.dtype)
+        return scores, torch.where(self.temperatures == 99, highest, attention)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, L)."""
-        scores = self._scores(features)
-        attention = (self.temperatures * scores).softmax(-1)
-        pooled = (attention * scores).sum(-1)
-        is_max = self.temperatures[..., 0] == self.MAX_POOLING
-        attended = torch.where(is_max, scores.amax(-1), pooled)
+        """Return logits (B, L) of a feature map (B, C, h, w)."""
+        scores, attention = self._scores(features)
+        attended = (attention * scores).sum(-1)
         return (scores.mean(-1) + self.lam * attended).sum(1) + self.bias
 
     def attention(self, features: torch.Tensor) -> torch.Tensor:
         """Return the class-specific attention (B, L, N), the mean over heads; a row sums to 1."""
-        scores = self._scores(features)
-        attention = (self.temperatures * scores).softmax(-1)
-        highest = F.one_hot(scores.argmax(-1), scores.shape[-1]).to(attention.dtype)
-        is_max = self.temperatures == self.MAX_POOLING
-        return torch.where(is_max, highest, attention).mean(1)
+        return self._scores(features)[1].mean(1)
 
 
-def _stack_published_csra(module: CSRA, state: dict, prefix: str, *_: Any) -> None:
-    """Turn the keys of the authors' code, one convolution a head, into this module's."""
+def _stack_published_csra(module, state, prefix, *_):
+    """Turn the keys of the authors' code, one convolution per head, into this module's."""
     state.setdefault(f"{prefix}bias", torch.zeros_like(module.bias))
     keys = [f"{prefix}multi_head.{i}.head.weight" for i in range(len(module.weight))]
     if keys[0] in state:
@@ -1111,168 +1064,123 @@ def _stack_published_csra(module: CSRA, state: dict, prefix: str, *_: Any) -> No
 class _DecoderLayer(nn.Module):
     """Cross-attention and feed-forward, post-norm; no self-attention among the queries."""
 
-    def __init__(self, width: int, dim_feedforward: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, width: int, dim_feedforward: int, dropout: float):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
-        self.multihead_attn = nn.MultiheadAttention(
-            width, num_heads, dropout=dropout, batch_first=True
-        )
+        self.multihead_attn = nn.MultiheadAttention(width, 8, dropout=dropout, batch_first=True)
         self.linear1 = nn.Linear(width, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, width)
 
-    def normed(self, queries: torch.Tensor) -> torch.Tensor:
-        """Where self-attention would stand, the authors' code adds the queries to themselves."""
-        return self.norm1(queries + self.dropout(queries))
-
-    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        x = self.normed(queries)  # (B, K, D)
-        found = self.multihead_attn(x, memory, memory, need_weights=False)[0]
+    def forward(self, queries, memory, need_weights=False):
+        """Return answers (B, K, D) and, if wanted, where they were found (B, K, N)."""
+        # where self-attention would stand, the authors' code adds the queries to themselves
+        x = self.norm1(queries + self.dropout(queries))
+        found, weights = self.multihead_attn(x, memory, memory, need_weights=need_weights)
         x = self.norm2(x + self.dropout(found))
         hidden = self.dropout(self.linear1(x).relu())
-        return self.norm3(x + self.dropout(self.linear2(hidden)))
+        return self.norm3(x + self.dropout(self.linear2(hidden))), weights
 
 
-class MLDecoder(_SpatialHead):
-    """ML-Decoder (Ridnik et al., WACV 2023, arXiv 2111.12933).
+class MLDecoder(nn.Module):
+    """ML-Decoder (Ridnik et al., WACV 2023, arXiv 2111.12933); published weights load.
 
-    K fixed queries look for labels in the positions x by cross-attention; a group fully-connected
-    layer turns each of the K answers into ⌈L/K⌉ logits. Published weights load.
-
-    Args:
-        num_of_groups: K; None is 100, or L where L is smaller.
-        decoder_embedding: D, width of the decoder, a multiple of 8 (its attention heads).
-        dim_feedforward: width of the hidden layer.
-        dropout: inside the decoder.
+    K fixed queries look for labels in all positions by cross-attention; a group fully-connected
+    layer turns each of the K answers, of the width D = decoder_embedding, into ⌈L/K⌉ logits.
     """
 
     def __init__(
         self,
         num_features: int,
         num_labels: int,
-        num_of_groups: int | None = None,
+        num_of_groups: int | None = None,  # K; None: one per label, at most 100
         decoder_embedding: int = 768,
         dim_feedforward: int = 2048,
         dropout: float = 0.1,
-        input_fmt: str = "NCHW",
-        num_prefix_tokens: int = 0,
-    ) -> None:
-        super().__init__(num_features, input_fmt, num_prefix_tokens)
+    ):
+        super().__init__()
         groups = min(100, num_labels) if num_of_groups is None else num_of_groups
         if not 1 <= groups <= num_labels:
             limits = f"expected 1 to {num_labels}, the number of labels, or None"
             raise ValueError(f"num_of_groups={num_of_groups}: {limits}.")
         if decoder_embedding < 8 or decoder_embedding % 8:
             raise ValueError(f"decoder_embedding={decoder_embedding}: expected a multiple of 8.")
-        self.num_labels = num_labels
-        self.labels_per_group = -(-num_labels // groups)
+        self.num_labels, self.labels_per_group = num_labels, -(-num_labels // groups)
         decoder = nn.Module()  # the names, one of them misspelt, are those of published weights
         decoder.embed_standart = nn.Linear(num_features, decoder_embedding)
         decoder.query_embed = nn.Embedding(groups, decoder_embedding).requires_grad_(False)
-        layer = _DecoderLayer(decoder_embedding, dim_feedforward, 8, dropout)
-        decoder.layers = nn.ModuleList([layer])
+        decoder.layers = nn.ModuleList([_DecoderLayer(decoder_embedding, dim_feedforward, dropout)])
         shape = groups, decoder_embedding, self.labels_per_group
         decoder.duplicate_pooling = nn.Parameter(nn.init.xavier_normal_(torch.empty(shape)))
         decoder.duplicate_pooling_bias = nn.Parameter(torch.zeros(num_labels))
         self.decoder = decoder
 
-    def _memory_and_queries(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        memory = self.decoder.embed_standart(self.tokens(features)).relu()  # (B, N, D)
-        queries = self.decoder.query_embed.weight.to(memory.dtype)
-        return memory, queries.expand(len(memory), -1, -1)  # (B, K, D)
+    def _ask(self, features, need_weights=False):
+        embed, queries = self.decoder.embed_standart, self.decoder.query_embed.weight
+        memory = embed(_positions(features, embed.in_features)).relu()  # (B, N, D)
+        queries = queries.to(memory.dtype).expand(len(memory), -1, -1)  # (B, K, D)
+        return self.decoder.layers[0](queries, memory, need_weights)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, L)."""
-        decoder = self.decoder
-        memory, queries = self._memory_and_queries(features)
-        answers = decoder.layers[0](queries, memory)
-        logits = torch.einsum("bkd,kdj->bkj", answers, decoder.duplicate_pooling)  # (B, K, ⌈L/K⌉)
-        return logits.flatten(1)[:, : self.num_labels] + decoder.duplicate_pooling_bias
+        """Return logits (B, L) of a feature map (B, C, h, w)."""
+        answers, _ = self._ask(features)
+        logits = torch.einsum("bkd,kdj->bkj", answers, self.decoder.duplicate_pooling)
+        return logits.flatten(1)[:, : self.num_labels] + self.decoder.duplicate_pooling_bias
 
     def attention(self, features: torch.Tensor) -> torch.Tensor:
         """Return the cross-attention of each label's query (B, L, N); a row sums to 1."""
-        memory, queries = self._memory_and_queries(features)
-        layer = self.decoder.layers[0]
-        maps = layer.multihead_attn(layer.normed(queries), memory, memory)[1]  # (B, K, N)
+        maps = self._ask(features, need_weights=True)[1]  # (B, K, N)
         return maps.repeat_interleave(self.labels_per_group, 1)[:, : self.num_labels]
 
 
-HEADS: dict[str, type[_SpatialHead] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
+HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
 
 
 def _head_options(head: str) -> set[str]:
-    """Return the keyword arguments that a user may give to a head."""
     found = set(inspect.signature(HEADS[head]).parameters) if HEADS[head] else set()
-    return found - {"num_features", "num_labels", "input_fmt", "num_prefix_tokens"}
+    return found - {"num_features", "num_labels"}
 
 
 # ---------------------------------------------------------------- model
 
 
+def feature_map(model: nn.Module, features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Return unpooled features of any timm model as a map (B, C, h, w).
+
+    `size`, height and width of the images, says in which grid tokens (B, N, C) stand; ValueError
+    where they stand in none, or the features are pooled.
+    """
+    found = features
+    if features.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
+        found = features.permute(0, 3, 1, 2)
+    if features.ndim == 3:  # class tokens stand first; some models have one undeclared
+        for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1, 2):
+            n = max(features.shape[1] - prefix, 0)
+            height = round((n * size[0] / size[1]) ** 0.5)
+            if n and height * round(height * size[1] / size[0]) == n:
+                found = features[:, prefix:].transpose(1, 2).unflatten(2, (height, -1))
+                break
+    if found.ndim != 4 or found.shape[2] * found.shape[3] < 2:
+        problem = "pooled features or tokens without a grid form no map of two or more positions"
+        raise ValueError(f"features {tuple(features.shape)}: {problem}")
+    return found
+
+
 class _HeadedModel(nn.Module):
     """A timm backbone that gives its feature map to a head of this file."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Return unpooled features in the layout of the backbone."""
-        return self.backbone(images)
+        return feature_map(self.backbone, self.backbone(images), images.shape[2:])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.forward_features(images))
 
     def get_classifier(self) -> nn.Module:
-        """Return the head, as timm models do."""
         return self.head
-
-
-def feature_layout(
-    backbone: nn.Module, features: torch.Tensor, size: Sequence[int]
-) -> dict[str, Any]:
-    """Return how a head reads unpooled features: num_features, input_fmt, num_prefix_tokens.
-
-    Args:
-        features: (B, C, H, W), (B, H, W, C) or (B, N, C).
-        size: height and width of the images.
-
-    Raises:
-        ValueError: pooled features, a single position, or tokens that form no grid.
-    """
-    is_last = features.ndim != 4 or str(getattr(backbone, "output_fmt", "NCHW")) == "NHWC"
-    layout = {"num_features": features.shape[-1 if is_last else 1], "num_prefix_tokens": 0}
-    layout |= {"input_fmt": "NHWC" if is_last else "NCHW"}
-    if features.ndim == 3:
-        own = getattr(backbone, "num_prefix_tokens", 0)
-        fits = (n for n in (own, 0, 1, 2) if np.prod(_grid(features.shape[1] - n, size)) > 0)
-        layout["num_prefix_tokens"] = next(fits, own)
-    n_positions = _SpatialHead(**layout).tokens(features).shape[1]  # refuses pooled features
-    if n_positions < 2 or features.ndim == 3 and not np.prod(_grid(n_positions, size)):
-        raise ValueError(f"features {tuple(features.shape)} form no map of two or more positions")
-    return layout
-
-
-def _grid(n_positions: int, size: Sequence[int]) -> tuple[int, int]:
-    """Return height and width of a grid of square patches; (0, 0) if there is none."""
-    height = round((n_positions * size[0] / size[1]) ** 0.5) if n_positions > 0 else 0
-    fits = height and height * round(height * size[1] / size[0]) == n_positions
-    return (height, n_positions // height) if fits else (0, 0)
-
-
-def _replace_head(
-    model: nn.Module, head: str, num_labels: int, size: Sequence[int], head_kwargs: dict
-) -> _HeadedModel:
-    """Return the backbone of a timm model with another head on its feature map."""
-    try:
-        model.reset_classifier(0, "")  # timm's way to leave the features unpooled
-        probe = copy.deepcopy(model).to("meta").eval()  # shapes alone: costs no computation
-        features = probe(torch.zeros(1, *size, device="meta"))
-        layout = feature_layout(model, features, size[1:])
-    except Exception as error:  # whatever a model does that cannot go without its pooling
-        problem = f"{type(model).__name__} gives no feature map for head={head!r}"
-        raise ValueError(f"{problem} ({type(error).__name__}: {error}).") from None
-    return _HeadedModel(model, HEADS[head](num_labels=num_labels, **layout, **head_kwargs))
 
 
 def build_model(
@@ -1284,46 +1192,42 @@ def build_model(
     head_bias: Sequence[float] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a timm backbone with a new head that starts small.
+    """Build a timm backbone with a new head that starts small: (B, 3, H, W) → logits (B, L).
+
+    `.data_config` says how to prepare images, `.spec` how to build it again.
 
     Args:
-        name: any timm model, e.g. "swinv2_base_window12to24_192to384".
         head: "linear", "csra" or "mldecoder".
-        pretrained: True (Hugging Face hub), False (random weights) or a state-dict file.
+        pretrained: True (Hugging Face hub), False (random weights) or a weight file. A JSON of the
+            same name beside it may hold "pretrained_window_sizes", which SwinV2 must know.
         img_size: input height and width in pixels; None is the model's own.
         head_bias: the logits that the head starts from (L,), see `base_rate_logits`; None: zeros.
-        **kwargs: what `CSRA` or `MLDecoder` takes (e.g. lam) goes to the head, all else to timm
-            (e.g. drop_rate or window_size).
-
-    Returns:
-        (B, 3, H, W) → logits (B, L). `.data_config` says how to prepare images, `.spec` how to
-        build the model again.
+        **kwargs: options of `CSRA` or `MLDecoder` go to the head, all else to timm.
 
     Raises:
-        ValueError: unknown model or head, a size the model cannot take, a file that does not fit,
-            an option that the head refuses.
-        RuntimeError: pretrained weights could not be had.
+        ValueError: something does not exist or does not fit; RuntimeError: no weights from the hub.
     """
     _check_choice("head", head, HEADS)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
-    size = timm.layers.to_2tuple(img_size) if img_size else None
-    head_kwargs = {key: kwargs.pop(key) for key in _head_options(head) & kwargs.keys()}
+    head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in _head_options(head)}
     foreign = kwargs.keys() & {option for other in HEADS for option in _head_options(other)}
     if foreign:
         raise ValueError(f"the {head} head has no option {_some(sorted(foreign))}.")
     if pretrained and pretrained is not True:
         kwargs = _pretrained_windows(name, Path(pretrained)) | kwargs
+    size = timm.layers.to_2tuple(img_size) if img_size else None
     model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
     bias = torch.zeros(num_labels) if head_bias is None else head_bias
     _start_head(model, bias)
     if pretrained:
-        _load_pretrained(model, name, pretrained, num_labels)
+        _load_weights(model, name, pretrained, num_labels)
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *size) if size else config["input_size"]
     if head != "linear":
-        model = _replace_head(model, head, num_labels, config["input_size"], head_kwargs)
+        num_features = _unpool(model, config["input_size"], head)
+        model = _HeadedModel(model, HEADS[head](num_features, num_labels, **head_kwargs))
         _start_head(model, bias)
     model.data_config = {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
     model.spec = {"model_name": name, "head": head, "head_kwargs": head_kwargs}
@@ -1332,20 +1236,53 @@ def build_model(
     return model
 
 
-def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray:
-    """Return the logit of each label's share of present among its known cells, (L,).
+def _unpool(model, input_size, head):
+    """Take the pooling and the classifier from a timm model and return its channels."""
+    try:
+        model.reset_classifier(0, "")
+        with torch.no_grad():
+            features = model.eval()(torch.zeros(1, *input_size))
+        model.train()
+        return feature_map(model, features, input_size[1:]).shape[1]
+    except Exception as error:  # whatever a model does that cannot go without its pooling
+        problem = f"{type(model).__name__} gives no feature map for head={head!r}"
+        raise ValueError(f"{problem} ({type(error).__name__}: {error}).") from None
 
-    A head that starts there has no loss to lose by learning the rates. They are clipped to half a
-    photo more than none and less than all.
 
-    Args:
-        targets: (N, L) of the training part, NaN for unknown.
-        exclusive: one class an image: the logarithms of the shares, for a softmax.
-    """
-    known = (~np.isnan(targets)).sum(0)
-    least = 0.5 / np.maximum(known, 1)
-    rates = (np.nansum(targets, 0) / np.maximum(known, 1)).clip(least, 1 - least)
-    return np.log(rates) if exclusive else np.log(rates / (1 - rates))
+def _build(name, size, kwargs):
+    """Return timm's model, or None if it would cut off pixels or pad windows at this size."""
+    try:
+        model = timm.create_model(name, img_size=size, **kwargs)  # None: the model's own
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(name, **kwargs)  # convolutional: takes any size
+    except (AssertionError, RuntimeError, ZeroDivisionError):
+        return None
+    pairs = [(size, model.feature_info[-1]["reduction"])] if hasattr(model, "feature_info") else []
+    for block in model.modules():
+        if hasattr(block, "window_size") and hasattr(block, "input_resolution"):
+            pairs.append((block.input_resolution, block.window_size))
+    pairs = [(sides, timm.layers.to_2tuple(parts)) for sides, parts in pairs if size]
+    return None if any(s % p for sides, parts in pairs for s, p in zip(sides, parts)) else model
+
+
+def _create_model(name, size, kwargs):
+    if size and (len(size) != 2 or not all(type(s) is int and 0 < s <= 8192 for s in size)):
+        raise ValueError(f"img_size={size}: expected a positive height and width, at most 8192 px.")
+    model = _build(name, size, kwargs)
+    if model is not None:
+        return model
+    nearest = []
+    for side in size:
+        ranges = range(side // 8 * 8, 7, -8), range(-(-side // 8) * 8, 2 * side + 512, 8)
+        with torch.device("meta"):
+            found = [next((s for s in r if _build(name, (s, s), kwargs)), 0) for r in ranges]
+        nearest.append(" or ".join(str(s) for s in sorted({*found} - {0})) or "none")
+    raise ValueError(
+        f"{name} cannot take {size[0]} × {size[1]} px (height × width): its patches or windows do"
+        f" not divide it; the nearest sizes are {' × '.join(nearest)}, or pass another window_size."
+    )
 
 
 def _classifier(model: nn.Module) -> nn.Module:
@@ -1354,17 +1291,16 @@ def _classifier(model: nn.Module) -> nn.Module:
     return nn.ModuleList(head) if isinstance(head, tuple) else head
 
 
-def _last_layers(model: nn.Module) -> list[nn.Module]:
+def _last_layers(model):
     """Return the layers that give the logits of a model with a linear head; distilled have two."""
-    found = model.get_classifier() if hasattr(model, "get_classifier") else model
-    found = found if isinstance(found, tuple) else (found,)
-    kinds = nn.Linear, nn.Conv2d
-    layers = [[m for m in part.modules() if isinstance(m, kinds)][-1:] for part in found]
-    return sum(layers, [])  # none of a backbone without a head
+    head = _classifier(model) if hasattr(model, "get_classifier") else model
+    parts = head if isinstance(head, nn.ModuleList) else [head]
+    layers = [[m for m in p.modules() if isinstance(m, (nn.Linear, nn.Conv2d))] for p in parts]
+    return [found[-1] for found in layers if found]  # none of a backbone without a head
 
 
 @torch.no_grad()
-def _start_head(model: nn.Module, bias: Sequence[float] | np.ndarray | torch.Tensor) -> None:
+def _start_head(model, bias):
     """Make the first logits nearly `bias`: large ones would tear up the pretrained features.
 
     timm starts some families (EfficientNet, MobileNet, MNASNet) with weights that grow as labels
@@ -1383,61 +1319,24 @@ def _start_head(model: nn.Module, bias: Sequence[float] | np.ndarray | torch.Ten
                 layer.bias.copy_(bias)
 
 
-def _create_model(name: str, size: tuple[int, int] | None, kwargs: dict) -> nn.Module:
-    try:
-        if size is not None:
-            _check_img_size(name, size, kwargs)
-            return timm.create_model(name, img_size=size, **kwargs)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-    return timm.create_model(name, **kwargs)  # convolutional: takes any size
+def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray:
+    """Return the logit of each label's share among its known cells (N, L), NaN unknown: (L,).
+
+    A head that starts there has no loss to lose by learning the rates. They are clipped to half a
+    photo more than none and less than all. `exclusive` classes: logarithms, for a softmax.
+    """
+    known = (~np.isnan(targets)).sum(0)
+    least = 0.5 / np.maximum(known, 1)
+    rates = (np.nansum(targets, 0) / np.maximum(known, 1)).clip(least, 1 - least)
+    return np.log(rates) if exclusive else np.log(rates / (1 - rates))
 
 
-def _fits(name: str, size: tuple[int, int], kwargs: dict) -> bool:
-    """Say whether no pixel is cut off and no window is padded at this input size."""
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(name, img_size=size, **kwargs)
-    except (AssertionError, RuntimeError, ZeroDivisionError):
-        return False
-    info = getattr(model, "feature_info", None)
-    blocks = [m for m in model.modules() if hasattr(m, "window_size")]
-    pairs = [(size, (info[-1]["reduction"] if info else 1,) * 2)]
-    pairs += [
-        (block.input_resolution, timm.layers.to_2tuple(block.window_size))
-        for block in blocks
-        if hasattr(block, "input_resolution")
-    ]
-    return not any(side % part for sides, parts in pairs for side, part in zip(sides, parts))
-
-
-def _check_img_size(name: str, size: tuple[int, int], kwargs: dict) -> None:
-    if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= 8192 for side in size):
-        raise ValueError(f"img_size={size}: expected a positive height and width, at most 8192 px.")
-    if _fits(name, size, kwargs):
-        return
-    nearest = []
-    for side in size:
-        ranges = range(side // 8 * 8, 7, -8), range(-(-side // 8) * 8, 2 * side + 512, 8)
-        found = {next((s for s in r if _fits(name, (s, s), kwargs)), None) for r in ranges}
-        nearest.append(sorted(found - {None}))
-    sides = " × ".join(" or ".join(map(str, sizes)) or "none" for sizes in nearest)
-    raise ValueError(
-        f"{name} cannot take {size[0]} × {size[1]} px (height × width): its patches or windows do"
-        f" not divide it; the nearest sizes are {sides}, or pass another window_size."
-    )
-
-
-def _load_pretrained(
-    model: nn.Module, name: str, source: bool | str | os.PathLike, num_labels: int
-) -> None:
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+def _load_weights(model, name, source, num_labels):
+    rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if source is not True:
-        _load_file(model, name, Path(source), filter_fn)
-        return
+        return _load_file(model, name, Path(source), rename)
     try:
-        timm.models.load_pretrained(model, num_classes=num_labels, filter_fn=filter_fn)
+        timm.models.load_pretrained(model, num_classes=num_labels, filter_fn=rename)
     except Exception as error:
         raise RuntimeError(
             f"the pretrained weights of {name} could not be loaded from the Hugging Face hub "
@@ -1446,78 +1345,65 @@ def _load_pretrained(
         ) from error
 
 
-def _pretrained_windows(name: str, path: Path) -> dict[str, Any]:
-    """Return timm's option for the windows that a SwinV2 file was trained in, where it tells them.
-
-    SwinV2 measures positions in shares of the pretraining window, so that a larger window goes on
-    where the smaller one ended. The authors' files and those of pretraining.ipynb hold each block's
-    table of offsets, sign(x) log2(8 |x| / (window - 1) + 1) / log2(8) for x in pixels of the
-    feature map (Liu et al. 2022, arXiv 2111.09883, eq. 4, scaled as in their code).
-    """
+def _pretrained_windows(name, weights):
+    """Return in which windows a SwinV2 was pretrained: it measures positions in shares of them."""
+    note, key = weights.with_suffix(".json"), "pretrained_window_sizes"
     is_swin_v2 = timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2")
-    if not is_swin_v2 or not path.is_file():
-        return {}
-    state: dict[str, torch.Tensor] = {}
-    with contextlib.suppress(Exception):  # a file that cannot be read is named when it is loaded
-        state = timm.models.load_state_dict(str(path), weights_only=True)
-    windows, key = [], "layers.{}.blocks.0.attn.relative_coords_table"
-    while key.format(len(windows)) in state:
-        table = state[key.format(len(windows))][0]  # (2 h - 1, 2 w - 1, 2)
-        windows.append([_window(table[:, 0, 0]), _window(table[0, :, 1])])
-    unknown = [0] * (4 - len(windows))  # of a network with more stages, which is refused later
-    return {"pretrained_window_sizes": windows + unknown} if windows else {}
+    try:
+        content = json.loads(note.read_bytes()) if is_swin_v2 and note.is_file() else {}
+        return {key: content[key]} if key in content else {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{note}: no JSON of pretraining.ipynb ({error}).") from None
 
 
-def _window(offsets: torch.Tensor) -> int:
-    """Return the window whose offsets of -x to x pixels these are, see `_pretrained_windows`."""
-    most = len(offsets) // 2
-    return round(1 + 8 * most / (8 ** offsets[-1].item() - 1)) if most else 1
-
-
-def _load_file(model: nn.Module, name: str, path: Path, filter_fn: Callable | None) -> None:
-    """Load all weights but the classifier's from a state dict, through timm's own key filter."""
+def _load_file(model, name, path, rename):
+    """Load all weights but the classifier's; timm alone would silently keep missing ones random."""
     if not path.is_file() or path.suffix in (".npz", ".npy"):
         raise ValueError(f"{path}: no such weight file; give a state dict or PRETRAINED = False.")
     own = model.state_dict()
-
-    def fitting(state: dict, model: nn.Module) -> dict:
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
         with contextlib.suppress(KeyError):  # weights of another architecture: named below
             state = _resize_wide_positions(state, model)
-            state = filter_fn(state, model) if filter_fn else state
-        return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-
-    try:
-        result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=fitting)
+            state = rename(state, model) if rename else state
+        state = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+        missing = model.load_state_dict(state, strict=False).missing_keys
     except Exception as error:
         raise ValueError(f"{path}: not a state dict that is safe to load ({error}).") from None
     layers = _last_layers(model)
-    classifier = tuple(f"{n}." for n, m in model.named_modules() if any(m is h for h in layers))
-    lost = [k for k in result.missing_keys if not k.startswith(classifier)]
-    lost = [k for k in lost if not k.endswith("num_batches_tracked")]  # files of old PyTorch
+    new = tuple(f"{n}." for n, m in model.named_modules() if any(m is h for h in layers))
+    old_torch = "num_batches_tracked"  # which its files lack
+    lost = [k for k in missing if not (k.startswith(new) or k.endswith(old_torch))]
     if lost:
         problem = f"lacks {len(lost)} of {len(own)} weights of {name} in its shape: {_some(lost)}"
         raise ValueError(f"{path}: {problem}.")
 
 
-def _resize_wide_positions(state: dict, model: nn.Module) -> dict:
+def _resize_wide_positions(state, model):
     """Resize position embeddings of 2:1 panoramas; timm takes all of them for square."""
     table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if not torch.is_tensor(table) or own is None or grid is None:
+    if own is None or grid is None or getattr(table, "ndim", 0) != 3 or table.shape == own.shape:
         return state
-    if table.ndim != 3 or table.shape == own.shape:
-        return state
-    alone = getattr(model, "no_embed_class", False)
-    prefix = 0 if alone else getattr(model, "num_prefix_tokens", 0)
-    height = round(((table.shape[1] - prefix) / 2) ** 0.5)
+    is_alone = getattr(model, "no_embed_class", False)
+    prefix = 0 if is_alone else getattr(model, "num_prefix_tokens", 0)
+    height = round((max(table.shape[1] - prefix, 0) / 2) ** 0.5)
     if 2 * height**2 != table.shape[1] - prefix:
         return state
     resized = resample_abs_pos_embed(table, list(grid), [height, 2 * height], prefix)
     return state | {"pos_embed": resized}
 
 
+def gains_by_channels_last(model: nn.Module) -> bool:
+    """Say whether convolutions do the work; patch-embedding models gain nothing."""
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 8
+
+
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    return torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
+
+
 def _autocast(model: nn.Module, device: str) -> torch.autocast:
-    """Return the context in which `model` answers fastest."""
     precision = fast_precision(model, device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return torch.autocast(device, dtype, enabled=precision != "no")
@@ -1531,35 +1417,29 @@ def extract_features(
     pooled: bool = False,
     cache_dir: str | os.PathLike | None = None,
 ) -> torch.Tensor:
-    """Return what the model's head sees of every image, unpooled, e.g. (N, H, W, C) of SwinV2.
-
-    Computed once, a head is trained on them in seconds (`FeatureSet`, `fit_probe`).
+    """Return the feature map of every image, (N, C, h, w); a head learns from it in seconds.
 
     Args:
-        model: one of timm's, or with a head of this file.
-        pooled: (N, C) instead, what the last layer of one of timm's models sees; a small part of
-            the memory.
-        cache_dir: keeps them there; asked again for the same photos (name, size, time), weights and
-            preparation, they are read instead of computed.
-
-    Raises:
-        ValueError: pooled features of a model with a head of this file, which does not pool.
+        pooled: (N, C) instead, what the last layer of a linear head sees; a part of the memory.
+        cache_dir: keeps them there, and reads them when the photos (name, size, time), the weights
+            and the preparation are the same.
     """
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
     cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
     if cached and cached.is_file():
         return torch.from_numpy(np.load(cached, allow_pickle=False))
-    device = next(model.parameters()).device
-    layout = torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
+    device, layout = next(model.parameters()).device, _memory_format(model)
     model.to(memory_format=layout).eval()
     found, loader = [], make_loader(dataset, batch_size, num_workers=num_workers)
     # not inference_mode: a head could not be trained on its tensors
     with torch.no_grad(), _autocast(model, device.type):
         for images, _ in tqdm(loader, desc="features", leave=False, delay=2):
-            images = images.to(device).contiguous(memory_format=layout)
-            features = model.forward_features(images)
-            features = model.forward_head(features, pre_logits=True) if pooled else features
+            features = model.forward_features(images.to(device).contiguous(memory_format=layout))
+            if pooled:
+                features = model.forward_head(features, pre_logits=True)
+            elif not isinstance(model, _HeadedModel):
+                features = feature_map(model, features, images.shape[2:])
             found.append(features.float().cpu())
     features = torch.cat(found)
     if cached:
@@ -1568,36 +1448,33 @@ def extract_features(
     return features
 
 
-def _features_key(model: nn.Module, dataset: DataPartition, pooled: bool) -> str:
+def store_features(model: nn.Module, part: DataPartition, config: "TrainConfig") -> "FeatureSet":
+    """Return the feature maps of a part as a data set for heads, see `extract_features`."""
+    options = {"num_workers": config.num_workers, "cache_dir": config.cache_dir}
+    maps = extract_features(model, part, config.batch_size, **options)
+    return FeatureSet(maps, part.targets, part.label_columns)
+
+
+def _features_key(model, dataset, pooled):
     """Return a name that changes with the photos, the backbone's weights or the preparation."""
-    stats = [os.stat(path) for path in dataset.paths]
-    files = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(dataset.paths, stats)]
-    digest = hashlib.sha256(repr((files, str(dataset.transform), pooled)).encode())
+    files = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in dataset.paths]
     in_head = {id(tensor) for tensor in _classifier(model).state_dict(keep_vars=True).values()}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in in_head:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    weights = model.state_dict(keep_vars=True).values()  # flat: strides are part of the hash
+    backbone = [w.detach().cpu().reshape(-1).numpy() for w in weights if id(w) not in in_head]
+    return joblib.hash((files, str(dataset.transform), pooled, backbone))
 
 
 PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 
 
-def _fit_logistic(
-    x: torch.Tensor, y: torch.Tensor, strength: float, exclusive: bool
-) -> torch.Tensor:
-    """Return (C + 1, L) of ridge logistic regressions: least Σ loss + ‖w‖² / 2 strength.
-
-    The same optimum as sklearn.linear_model.LogisticRegression(C=strength), all labels at once.
-    """
-    known = ~y.isnan()
+def _fit_logistic(x, y, strength, exclusive):
+    """Return weights (C + 1, L), the optimum of sklearn's LogisticRegression(C=strength)."""
     weights = torch.zeros(x.shape[1] + 1, y.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
-    def closure() -> torch.Tensor:
+    def closure():
         optimizer.zero_grad()
-        loss = _log_loss(x @ weights[:-1] + weights[-1], y, known, exclusive)
+        loss = _log_loss(x @ weights[:-1] + weights[-1], y, exclusive)
         loss = (loss + weights[:-1].square().sum() / (2 * strength)) / len(x)
         loss.backward()
         return loss
@@ -1606,15 +1483,12 @@ def _fit_logistic(
     return weights.detach()
 
 
-def _log_loss(
-    logits: torch.Tensor, y: torch.Tensor, known: torch.Tensor, exclusive: bool
-) -> torch.Tensor:
+def _log_loss(logits, y, exclusive):
     """Return the sum of the log losses over the known cells, or over the judged images."""
+    known, y = ~y.isnan(), y.nan_to_num(0.0)
     if exclusive:
-        losses = F.cross_entropy(logits, y.nan_to_num(0.0), reduction="none")
-        return (losses * known.all(1)).sum()
-    losses = F.binary_cross_entropy_with_logits(logits, y.nan_to_num(0.0), reduction="none")
-    return (losses * known).sum()
+        return (F.cross_entropy(logits, y, reduction="none") * known.all(1)).sum()
+    return F.binary_cross_entropy_with_logits(logits, y, known.to(y.dtype), reduction="sum")
 
 
 def fit_probe(
@@ -1625,16 +1499,10 @@ def fit_probe(
     exclusive: bool = False,
     seed: int = 42,
 ) -> tuple[nn.Linear, pd.Series]:
-    """Fit a linear probe: one logistic regression a label on features of a frozen backbone.
+    """Fit one logistic regression per label on features (N, C) of a frozen backbone.
 
-    How strongly it is held back (one strength for all labels) is chosen by the log loss on groups
-    left out in turn.
-
-    Args:
-        features: (N, C), e.g. of `extract_features(pooled=True)`.
-        targets: (N, L) of the training part, NaN for unknown.
-        groups: (N,), never divided between folds; None: every row is its own.
-        exclusive: one class an image: one softmax instead of L sigmoids.
+    How strongly they are held back (one strength for all) is chosen by the log loss on groups left
+    out in turn. Targets (N, L) are NaN where unknown; `exclusive` classes get one softmax.
 
     Returns:
         The layer, features (B, C) → logits (B, L), and the log loss of each strength.
@@ -1642,18 +1510,16 @@ def fit_probe(
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
     y = torch.as_tensor(np.asarray(targets), dtype=torch.float32)
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    x, losses = (features - mean) / std, []
-    n_folds = min(n_folds, len(set(groups)))
-    folds = []  # of a single group: the strongest penalty
-    if n_folds > 1:
+    x, losses, folds = (features - mean) / std, [], []  # no folds: the strongest penalty
+    if (n_folds := min(n_folds, len(set(groups)))) > 1:
         splitter = GroupKFold(n_folds, shuffle=True, random_state=seed)
         folds = list(splitter.split(x, groups=groups))
     for strength in PROBE_STRENGTHS:
         total = 0.0
         for train, held_out in folds:
             weights = _fit_logistic(x[train], y[train], strength, exclusive)
-            logits, rest = x[held_out] @ weights[:-1] + weights[-1], y[held_out]
-            total += _log_loss(logits, rest, ~rest.isnan(), exclusive).item()
+            logits = x[held_out] @ weights[:-1] + weights[-1]
+            total += _log_loss(logits, y[held_out], exclusive).item()
         losses.append(total / max(int((~y.isnan()).sum()), 1))
         if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
             break  # it only overfits more from here
@@ -1674,64 +1540,22 @@ def use_probe(model: nn.Module, probe: nn.Linear) -> None:
         layer.bias.copy_(probe.bias)
 
 
-def measure_throughput(
-    models: dict[str, nn.Module], batch_size: int = 32, repeats: int = 5
-) -> pd.DataFrame:
-    """Measure models side by side on a batch of noise: they take turns, the median counts.
-
-    Returns:
-        A line a model: parameters (millions), images_per_second (forward pass), relative (to the
-        first model).
-    """
-    seconds = {name: [] for name in models}
-    for turn in range(repeats + 1):  # the first turn warms up
-        for name, model in models.items():
-            device = next(model.parameters()).device
-            images = torch.randn(batch_size, *model.data_config["input_size"], device=device)
-            if gains_by_channels_last(model):
-                images = images.contiguous(memory_format=torch.channels_last)
-            model.eval()
-            images.sum().item()  # waits until the batch is there
-            start = time.perf_counter()
-            with torch.inference_mode(), _autocast(model, device.type):
-                model(images).sum().item()  # waits for the device
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    table = pd.DataFrame(index=pd.Index(models, name="model"))
-    table["parameters"] = [sum(p.numel() for p in m.parameters()) / 1e6 for m in models.values()]
-    table["images_per_second"] = [batch_size / np.median(times) for times in seconds.values()]
-    table["relative"] = table["images_per_second"] / table["images_per_second"].iloc[0]
-    return table
-
-
 def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Tensor:
-    """Return where the model looks for a label, (B, h, w) on its grid of positions.
+    """Return the head's attention for a label (B, h, w), for a linear head the activation map.
 
-    The head's attention; for a linear head the class activation map (Zhou et al., CVPR 2016,
-    arXiv 1512.04150): the logit that each position would have alone.
+    That is the logit each position would have alone (Zhou et al., CVPR 2016, arXiv 1512.04150).
     """
-    features, head = model.forward_features(images), model.get_classifier()
-    backbone = model.backbone if isinstance(model, _HeadedModel) else model
-    layout = feature_layout(backbone, features, images.shape[2:])
-    is_last = layout["input_fmt"] == "NHWC"
-    if isinstance(head, _SpatialHead):
-        maps = head.attention(features)[:, label]  # (B, N)
+    features = model.forward_features(images)
+    if isinstance(model, _HeadedModel):
+        return model.head.attention(features)[:, label].unflatten(1, features.shape[2:]).float()
+    found = feature_map(model, features, images.shape[2:])
+    alone = found.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C)
+    if features.ndim == 3:  # in the place of the class tokens, too
+        n_tokens = 1 + features.shape[1] - found[0, 0].numel()
+        alone = alone[:, None].expand(-1, n_tokens, -1)
     else:
-        tokens = _SpatialHead(**layout).tokens(features)  # (B, N, C)
-        alone = tokens.flatten(0, 1)[:, None]  # for tokens: in the place of the class token, too
-        count = 1 + layout["num_prefix_tokens"]
-        alone = alone.expand(-1, count, -1) if features.ndim == 3 else alone[:, None]
-        alone = alone if is_last else alone.permute(0, 3, 1, 2)
-        maps = model.forward_head(alone)[:, label].view(tokens.shape[:2])
-    grid = features.shape[1:3] if is_last else features.shape[2:]
-    if features.ndim == 3:
-        grid = _grid(maps.shape[1], images.shape[2:])
-    return maps.view(len(maps), *grid).float()
-
-
-def gains_by_channels_last(model: nn.Module) -> bool:
-    """Say whether convolutions do the work; patch-embedding models gain nothing."""
-    return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 8
+        alone = alone[:, :, None, None] if found is features else alone[:, None, None]
+    return model.forward_head(alone)[:, label].view(len(found), *found.shape[2:]).float()
 
 
 # ---------------------------------------------------------------- training
@@ -2952,7 +2776,7 @@ class Classifier:
             maps = _label_maps(self.model, views, index)
             probs = _to_probs(self.model(views), self.activation == "softmax")[:, index]
         probs = torch.tensor(probs, device=maps.device).view(-1, 1, 1)
-        maps = F.interpolate(maps[:, None], views.shape[2:], mode="bilinear")[:, 0]
+        maps = F.interpolate(maps[:, None], views.shape[2:], mode="nearest")[:, 0]
         maps = maps - maps.amin((1, 2), True)
         maps = (
             maps / maps.amax((1, 2), True).clamp(min=1e-12) * probs / probs.max().clamp(min=1e-12)
@@ -3172,4 +2996,57 @@ def show_predictions(
                 place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
                 axis.annotate(text, (0, 0), (0, -below), color=color, fontsize=8, **place)
                 below += 11 * (text.count("\n") + 1)
+    return figure
+
+
+# ---------------------------------------------------------------- two heads side by side
+
+
+def finish_run(trainer: Trainer) -> Classifier:
+    """Choose thresholds on validation, save best_classifier.json, and load what was saved."""
+    config, part = trainer.config, trainer.val_set
+    probs = trainer.predict(part, flip=config.flip_test)
+    options = {"view": config.view, "flip": config.flip_test}
+    classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
+    scores = summarize_scores(part.targets, probs, classifier.thresholds, n_bootstrap=0)
+    path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
+    return Classifier.load(path, part.label_columns)
+
+
+def differing_settings(
+    config: TrainConfig, model: nn.Module, other: TrainConfig, other_model: nn.Module
+) -> pd.DataFrame:
+    """Return a line for each setting, of training or of the model, that two runs do not share."""
+    runs = [
+        json.loads(json.dumps(asdict(c) | m.spec | m.data_config))  # tuples and lists alike
+        for c, m in ((config, model), (other, other_model))
+    ]
+    names = [key for key in runs[0] | runs[1] if runs[0].get(key) != runs[1].get(key)]
+    columns = {"here": runs[0], "baseline": runs[1]}
+    return pd.DataFrame({c: [str(run.get(n)) for n in names] for c, run in columns.items()}, names)
+
+
+def compare_classifiers(
+    one: Classifier, other: Classifier, part: DataPartition, config: TrainConfig
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return `compare_scores` of two classifiers on a part, and the probabilities of the first."""
+    options, columns = (config.batch_size, config.num_workers), [f"{n}_prob" for n in one.labels]
+    probs = [c.predict(part.paths, *options)[columns].to_numpy() for c in (one, other)]
+    names = part.label_columns, part.groups
+    return compare_scores(part.targets, *probs, *names, seed=config.seed), probs[0]
+
+
+def plot_label_maps(
+    classifiers: dict[str, Classifier], examples: Sequence[tuple[str, str]]
+) -> plt.Figure:
+    """Draw where each classifier (a row) looks for a label in a photo (a column), cell by cell."""
+    pictures, titles = [], []
+    for name, classifier in classifiers.items():
+        answers = classifier.predict([path for path, _ in examples])
+        for i, (path, label) in enumerate(examples):
+            pictures.append(overlay_heat_map(path, classifier.explain(path, label)))
+            titles.append(f"{name}\n{label} ({answers[f'{label}_prob'][i]:.2f})")
+    figure = show_images(pictures, titles, columns=len(examples), width=1.9)
+    colors = plt.cm.ScalarMappable(cmap="plasma")
+    figure.colorbar(colors, ax=figure.axes, label="strongest cell of each map = 1", shrink=0.8)
     return figure

@@ -1,17 +1,22 @@
 """CSRA and ML-Decoder against their papers' formulas in plain loops; where each head looks."""
 
 import copy
+import json
 import math
 import pickle
+import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 import data_utils as du
+import demo_360
 
 TINY_SWIN = {"window_size": 4, "embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
 BACKBONES = {  # name, input size, timm arguments, grid of positions
@@ -38,11 +43,13 @@ def seeded(make, seed=0):
     return make()
 
 
-def maps_and_layouts(batch=2, channels=6, height=2, width=3):
-    """Return the same features as map (channels first, channels last) and as tokens."""
-    features = seeded(lambda: torch.randn(batch, channels, height, width, dtype=torch.float64))
-    tokens = features.flatten(2).transpose(1, 2)
-    return {"NCHW": features, "NHWC": features.permute(0, 2, 3, 1), "tokens": tokens}
+def feature_maps(batch=2, channels=6, height=2, width=3):
+    return seeded(lambda: torch.randn(batch, channels, height, width, dtype=torch.float64))
+
+
+def as_tokens(features):
+    """Return (B, C, h, w) as (B, N, C)."""
+    return features.flatten(2).transpose(1, 2)
 
 
 # ---------------------------------------------------------------- CSRA
@@ -91,7 +98,7 @@ def csra_by_hand(weight, features, temperatures, lam):
 @pytest.mark.parametrize("lam", [0.0, 0.1, 1.7])
 def test_csra_is_the_formula_of_the_paper(heads, lam):
     head = seeded(lambda: du.CSRA(6, 3, heads=heads, lam=lam)).double()
-    features = maps_and_layouts()["NCHW"]
+    features = feature_maps()
     logits, attention = csra_by_hand(
         head.weight.tolist(), features.tolist(), TEMPERATURES[heads], lam
     )
@@ -114,10 +121,10 @@ def test_csra_is_exact_on_numbers_worked_out_by_hand():
 
 
 def test_csra_without_attention_is_a_mean_and_a_huge_temperature_the_maximum():
-    features = maps_and_layouts()["tokens"]
+    features = feature_maps()
     plain = seeded(lambda: du.CSRA(6, 3, lam=0.0)).double()
     weight = nn.functional.normalize(plain.weight[0], dim=-1)
-    torch.testing.assert_close(plain(features), features.mean(1) @ weight.T)
+    torch.testing.assert_close(plain(features), features.mean((2, 3)) @ weight.T)
 
 
 def test_csra_takes_the_published_weights():
@@ -214,8 +221,9 @@ def random_decoder(num_labels, groups, **kwargs):
 )
 def test_mldecoder_is_the_formula_of_the_paper(num_labels, groups):
     head = random_decoder(num_labels, groups)
-    tokens = maps_and_layouts()["tokens"]
-    logits, attention = head(tokens), head.attention(tokens)
+    features = feature_maps()
+    tokens = as_tokens(features)
+    logits, attention = head(features), head.attention(features)
     assert logits.shape == (2, num_labels)
     for image in range(2):
         expected = mldecoder_by_hand(head.state_dict(), tokens[image].tolist(), num_labels)
@@ -232,7 +240,7 @@ def test_number_of_queries_is_the_paper_s():
 
 def test_queries_are_fixed_and_everything_else_learns():
     head = random_decoder(5, 5)
-    head(maps_and_layouts()["tokens"]).square().sum().backward()
+    head(feature_maps()).square().sum().backward()
     fixed = [name for name, parameter in head.named_parameters() if parameter.grad is None]
     assert fixed == ["decoder.query_embed.weight"]
     assert all(p.grad.abs().max() > 0 for p in head.parameters() if p.grad is not None)
@@ -264,16 +272,16 @@ def test_mldecoder_takes_published_weights_and_gives_their_logits():
     published = {key: value.clone() for key, value in source.state_dict().items()}
     head = du.MLDecoder(6, 7, 3, decoder_embedding=16, dim_feedforward=12).double().eval()
     head.load_state_dict(published)
-    tokens = maps_and_layouts()["tokens"]
-    assert torch.equal(head(tokens), source(tokens))
+    features = feature_maps()
+    assert torch.equal(head(features), source(features))
 
 
 def test_dropout_is_active_in_training_only():
     head = random_decoder(3, None, dropout=0.5)
-    tokens = maps_and_layouts()["tokens"]
-    assert torch.equal(head(tokens), head(tokens))
+    features = feature_maps()
+    assert torch.equal(head(features), head(features))
     head.train()
-    assert not torch.equal(head(tokens), head(tokens))
+    assert not torch.equal(head(features), head(features))
 
 
 # ---------------------------------------------------------------- both: layouts, types, gradients
@@ -285,56 +293,61 @@ def make_head(name, **kwargs):
 
 
 @pytest.mark.parametrize("name", NEW_HEADS)
-def test_layout_of_the_features_makes_no_difference(name):
-    layouts = maps_and_layouts()
-    expected = make_head(name).double()(layouts["NCHW"])
-    for layout in ("NHWC", "tokens"):
-        fmt = {"input_fmt": "NHWC"} if layout == "NHWC" else {}
-        assert torch.equal(make_head(name, **fmt).double()(layouts[layout]), expected)
+@pytest.mark.parametrize("shape", [(2, 6), (2, 3, 2, 6), (2, 4, 6)])
+def test_head_takes_nothing_but_a_map_with_its_channels(name, shape):
+    found = re.escape(str(shape))
+    with pytest.raises(ValueError, match=rf"features {found}: a head needs a map \(B, 6, h, w\)"):
+        make_head(name)(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("name", NEW_HEADS)
-def test_prefix_tokens_are_left_out(name):
-    tokens = maps_and_layouts()["tokens"]
-    with_class_token = torch.cat([torch.full((2, 2, 6), 100.0), tokens], dim=1)
-    head = make_head(name, num_prefix_tokens=2).double()
-    assert torch.equal(head(with_class_token), make_head(name).double()(tokens))
-    assert head.attention(with_class_token).shape == (2, 3, 6)
+class Layout:
+    """What a timm model tells about its features."""
+
+    def __init__(self, output_fmt="NCHW", num_prefix_tokens=0):
+        self.output_fmt, self.num_prefix_tokens = output_fmt, num_prefix_tokens
 
 
-@pytest.mark.parametrize("name", NEW_HEADS)
-def test_pooled_features_are_refused_with_a_sentence(name):
-    with pytest.raises(ValueError, match=r"pooled features \(2, 6\).*needs a map"):
-        make_head(name)(torch.zeros(2, 6))
-    with pytest.raises(ValueError, match=r"\(2, 3, 2, 6\) \(NCHW\) do not have the 6 channels"):
-        make_head(name)(torch.zeros(2, 3, 2, 6))
+def test_features_of_every_layout_become_the_same_map():
+    features = feature_maps(height=2, width=4)
+    tokens = as_tokens(features)
+    with_tokens = torch.cat([torch.full((2, 2, 6), 100.0), tokens], dim=1)
+    layouts = [(Layout(), features), (Layout("NHWC"), features.permute(0, 2, 3, 1))]
+    layouts += [(Layout(), tokens), (Layout(num_prefix_tokens=2), with_tokens)]
+    layouts += [(Layout(), with_tokens), (nn.Identity(), with_tokens[:, 1:])]  # undeclared tokens
+    for layout, given in layouts:
+        assert torch.equal(du.feature_map(layout, given, (64, 128)), features)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 6, 1, 1), (2, 7, 6), (2, 1, 6)])
+def test_features_that_are_no_map_are_refused(shape):
+    with pytest.raises(ValueError, match="pooled features or tokens without a grid"):
+        du.feature_map(Layout(), torch.zeros(shape), (64, 128))
 
 
 @pytest.mark.parametrize("name", NEW_HEADS)
 def test_gradients_are_those_of_the_function(name):
     head = make_head(name).double()
-    tokens = maps_and_layouts(batch=1)["tokens"].requires_grad_()
-    assert torch.autograd.gradcheck(head, (tokens,))
+    assert torch.autograd.gradcheck(head, (feature_maps(batch=1).requires_grad_(),))
 
 
 @pytest.mark.parametrize("name", NEW_HEADS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_type_of_the_features_is_the_type_of_the_logits(name, dtype):
-    tokens = maps_and_layouts()["tokens"]
+    features = feature_maps()
     head = make_head(name)
-    exact = head.double()(tokens)
-    logits = copy.deepcopy(head).to(dtype)(tokens.to(dtype))
+    exact = head.double()(features)
+    logits = copy.deepcopy(head).to(dtype)(features.to(dtype))
     assert logits.dtype == dtype
     assert (logits.double() - exact).abs().max() < {8: 1e-12, 4: 1e-5, 2: 0.1}[dtype.itemsize]
 
 
 @pytest.mark.parametrize("name", NEW_HEADS)
 def test_autocast_to_bf16_stays_close(name):
-    tokens = maps_and_layouts()["tokens"].float()
+    features = feature_maps().float()
     head = make_head(name)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = head(tokens)
-    assert (logits.float() - head(tokens)).abs().max() < 0.05
+        logits = head(features)
+    assert (logits.float() - head(features)).abs().max() < 0.05
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
@@ -343,7 +356,7 @@ def test_autocast_to_bf16_stays_close(name):
 def test_compiled_head_in_channels_last_gives_the_same(name, num_labels):
     options = HEAD_KWARGS[name] | ({"num_of_groups": None} if name == "mldecoder" else {})
     head = seeded(lambda: du.HEADS[name](6, num_labels, **options)).eval()
-    features = maps_and_layouts()["NCHW"].float().contiguous(memory_format=torch.channels_last)
+    features = feature_maps().float().contiguous(memory_format=torch.channels_last)
     compiled = torch.compile(head, fullgraph=True)
     torch.testing.assert_close(compiled(features), head(features))
 
@@ -416,7 +429,7 @@ def test_model_of_a_users_own_trains_all_its_parameters(tmp_path):
 
 def test_token_grid_is_found_behind_an_undeclared_class_token():
     model = du.build_model("volo_d1_224", 2, "csra", pretrained=False)
-    assert model.head.num_prefix_tokens == 1
+    assert getattr(model.backbone, "num_prefix_tokens", 0) == 0
     with torch.inference_mode():
         assert du._label_maps(model.eval(), torch.zeros(1, 3, 224, 224), 0).shape == (1, 14, 14)
 
@@ -696,6 +709,7 @@ def test_head_on_stored_features_gives_the_logits_of_the_whole_model():
         )
         photos = Photos()
         features = du.extract_features(model, photos, batch_size=3)
+        assert features.shape[1] == model.head.weight.shape[-1]
         with torch.inference_mode():
             expected = model.eval()(photos.images)
         stored = du.FeatureSet(features, photos.targets, photos.label_columns)
@@ -720,16 +734,169 @@ def test_last_layer_on_pooled_features_gives_the_logits_of_the_whole_model(name)
     torch.testing.assert_close(model.get_classifier()(pooled), expected, atol=2e-2, rtol=0)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_features_of_a_linear_model_are_maps_that_any_head_takes(backbone):
+    name, size, kwargs, grid = BACKBONES[backbone]
+    model = du.build_model(name, 3, pretrained=False, img_size=size, **kwargs).eval()
+    photos = Photos()
+    photos.images = torch.randn(3, *model.data_config["input_size"])
+    features = du.extract_features(model, photos, batch_size=2)
+    assert features.shape == (3, model.num_features, *grid)
+    pooled = du.extract_features(model, photos, batch_size=2, pooled=True)
+    if backbone.startswith("SwinV2"):
+        torch.testing.assert_close(features.mean((2, 3)), pooled, atol=2e-2, rtol=0)
+    assert du.CSRA(model.num_features, 3)(features).shape == (3, 3)
+
+
 def test_pooled_features_of_a_head_that_does_not_pool_are_refused():
     with pytest.raises(ValueError, match="a model with a linear head"):
         du.extract_features(build_resnet("csra"), Photos(), pooled=True)
 
 
-def test_throughput_counts_parameters_and_sets_the_first_model_to_one():
+def test_throughput_counts_parameters_and_sets_the_first_model_to_one(notebook_functions):
     models = {head: build_resnet(head, **HEAD_KWARGS[head]) for head in HEAD_KWARGS}
-    table = du.measure_throughput(models, batch_size=2, repeats=1)
+    measure = notebook_functions("mldecoder").measure_throughput
+    table = measure(models, batch_size=2, repeats=1)
     assert list(table.index) == ["linear", "csra", "mldecoder"]
     counted = [sum(p.numel() for p in m.parameters()) / 1e6 for m in models.values()]
     assert table["parameters"].tolist() == counted
     assert table["relative"].iloc[0] == 1
     assert (table["images_per_second"] > 0).all()
+
+
+# ---------------------------------------------------------------- two heads side by side
+
+
+TINY_VIT = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+
+
+def build_with(head="linear", **changes):
+    config = du.TrainConfig(model_name="vit_tiny_patch16_224", model_kwargs=TINY_VIT, img_width=32)
+    config = replace(config, **changes)
+    options = config.model_kwargs | {"drop_rate": config.drop_rate}
+    model = du.build_model(config.model_name, 3, head, False, config.img_size, **options)
+    return config, model
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, []),
+        ({"drop_rate": 0.5}, ["drop_rate", "model_kwargs"]),
+        ({"img_width": 64}, ["img_width", "img_size", "input_size"]),
+        ({"model_name": "vit_small_patch16_224"}, ["model_name"]),
+        ({"model_kwargs": {**TINY_VIT, "depth": 2}}, ["model_kwargs"]),
+        ({"learning_rate": 0.1, "min_crop": 0.3}, ["learning_rate", "min_crop"]),
+        ({"pretrained": True}, ["pretrained"]),
+    ],
+)
+def test_everything_that_two_runs_do_not_share_is_named(changes, names):
+    config, model = build_with("csra", **changes)
+    found = du.differing_settings(config, model, *build_with())
+    assert {*found.index} == {"head", *names}
+    assert found.loc["head"].tolist() == ["csra", "linear"]
+
+
+def test_loaded_baseline_differs_in_nothing_from_the_model_that_was_saved(tmp_path):
+    config, model = build_with()
+    path = du.Classifier(model, ["a", "b", "c"], [0.5] * 3).save(tmp_path)
+    loaded = du.Classifier.load(path).model
+    assert du.differing_settings(config, model, config, loaded).empty
+
+
+def test_options_of_a_head_are_named_too():
+    config, _ = build_with()
+    options = {"lam": 0.3, "img_size": 32, **TINY_VIT}
+    model = du.build_model(config.model_name, 3, "csra", False, drop_rate=0.0, **options)
+    found = du.differing_settings(config, model, *build_with())
+    assert found.loc["head_kwargs", "here"] == "{'lam': 0.3}"
+
+
+def comparison(**rows):
+    columns = ["baseline", "AP", "difference", "low", "high"]
+    return pd.DataFrame({k: [0.5, 0.5 + v[0], *v] for k, v in rows.items()}, columns).T
+
+
+@pytest.mark.parametrize(
+    ("total", "start"),
+    [
+        ((0.05, 0.01, 0.09), "CSRA is ahead"),
+        ((-0.05, -0.09, -0.01), "the linear head is ahead"),
+        ((0.05, -0.01, 0.09), "neither head is ahead"),
+    ],
+)
+def test_comparison_is_told_with_its_interval_and_what_got_worse(notebook_functions, total, start):
+    table = comparison(Sun=(0.1, 0, 0.2), Tree=(-0.064, -0.194, -0.007), mAP=total)
+    text = notebook_functions("csra").tell(table)
+    interval = "mAP {:+.3f} ({:+.3f} to {:+.3f}).".format(*total)
+    assert text.startswith(f"{start} on this test part, one seed: {interval}")
+    assert "Worse: ['Tree -0.064 (-0.194 to -0.007)']" in text
+    assert "no label" in notebook_functions("csra").tell(table.drop("Tree"))
+
+
+def test_demo_knows_which_cells_show_a_label(notebook_functions, tmp_path):
+    """The pointing game of csra.ipynb redraws a photo of the demo."""
+    nb = notebook_functions("csra")
+    nb.config, nb.grid = du.TrainConfig(img_width=64), (4, 4)
+    survey = demo_360.plan_survey(0, 1, 3)  # the fourth to sixth photo
+    ids = demo_360.draw_panorama(survey, 2, 128)[1][:, 64:]
+    for label in ("Grass", "Sun", "Hills"):
+        shown = ids == demo_360.LABELS.index(label) + 1
+        cells = [[shown[y : y + 16, x : x + 16].mean() >= 0.1 for x in range(0, 64, 16)]
+                 for y in range(0, 64, 16)]  # fmt: skip
+        found = nb.cells_with("a/IMG_20240503_115659_0005_right.jpg", label)
+        assert found.tolist() == cells
+    assert nb.cells_with("a/IMG_20240503_115659_0005_right.jpg", "Grass").any()
+
+
+def test_two_classifiers_are_compared_on_the_same_photos(tmp_path):
+    rows = []
+    for i in range(6):
+        Image.fromarray(noise(i)).save(tmp_path / f"{i}.png")
+        rows.append([str(tmp_path / f"{i}.png"), str(i), i % 2, 1, 0])
+    names = ["a", "b", "c"]
+    table = pd.DataFrame(rows, columns=["image_path", "group_id", *names])
+    config, model = build_with("csra")
+    one, other = (du.Classifier(m, names, [0.5] * 3) for m in (model, build_with()[1]))
+    part = du.DataPartition(table, names, one.transform)
+    found, probs = du.compare_classifiers(one, other, part, config)
+    assert np.allclose(probs, one.predict(part.paths)[["a_prob", "b_prob", "c_prob"]])
+    expected = du.score_labels(part.targets, probs, names)["AP"]
+    assert found.loc["a", "AP"] == pytest.approx(expected["a"])
+    figure = du.plot_label_maps({"one": one, "other": other}, [(part.paths[0], "a")] * 2)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[0] == f"one\na ({probs[0, 0]:.2f})"
+    assert titles[2].startswith("other\na (0.")
+    picture = figure.axes[0].images[0].get_array()
+    heat_map = one.explain(part.paths[0], "a")
+    assert picture.shape[:2] == heat_map.shape
+    assert len(np.unique(heat_map)) <= 4  # 2 × 2 cells, drawn as cells
+
+
+def test_finished_run_is_the_saved_classifier_with_its_thresholds(tmp_path):
+    rows = []
+    for i in range(8):
+        Image.fromarray(noise(i)).save(tmp_path / f"{i}.png")
+        rows.append([str(tmp_path / f"{i}.png"), str(i), i % 2, i // 2 % 2, 1])
+    names = ["a", "b", "c"]
+    table = pd.DataFrame(rows, columns=["image_path", "group_id", *names])
+    config, model = build_with(epochs=1, flip_test=True)
+    part = du.DataPartition(table, names, du.make_transforms(model, False))
+    trainer = du.Trainer(model, part, part, config, tmp_path / "run")
+    trainer.fit()
+    classifier = du.finish_run(trainer)
+    assert classifier.flip
+    probs = classifier.predict(part.paths)[["a_prob", "b_prob", "c_prob"]].to_numpy()
+    assert np.allclose(probs, trainer.predict(part, flip=True), atol=0.02)
+    saved = json.loads((tmp_path / "run/best_classifier.json").read_text())
+    assert saved["thresholds"] == classifier.thresholds.tolist()
+    assert "mAP" in saved["validation"]
+
+
+def test_stored_features_are_a_data_set_for_heads(tmp_path):
+    config, model = build_with(batch_size=3)
+    part = Photos()
+    part.images = part.images[:, :, :32, :32]
+    stored = du.store_features(model, part, config)
+    assert stored.features.shape == (8, 24, 2, 2)
+    assert np.array_equal(stored.targets, part.targets)

@@ -1,5 +1,6 @@
 """Backbones of every kind, their input sizes, and weights from files and the hub."""
 
+import json
 import os
 import pickle
 import re
@@ -251,6 +252,162 @@ def test_weights_file_of_numpy_is_refused_by_name(tmp_path):
     np.savez(tmp_path / "flax.npz", kernel=np.zeros(3))
     with pytest.raises(ValueError, match=r"flax\.npz"):
         du.build_model("vit_tiny_patch16_224", 2, pretrained=tmp_path / "flax.npz", img_size=64)
+
+
+# ---------------------------------------------------------------- weights of pretraining
+
+PRETRAINED = {
+    "swinv2": (SWIN, {"window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2)}),
+    "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2}),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}),
+}
+PRETRAINED["swin"] = ("swin_tiny_patch4_window7_224", PRETRAINED["swinv2"][1])
+
+
+def save(backbone, path, windows=None):
+    """Write weights as pretraining.ipynb does, in plain tensors and a JSON beside them."""
+    safetensors.torch.save_file(backbone.state_dict(), path)
+    note = {"model_name": "any"} | ({"pretrained_window_sizes": windows} if windows else {})
+    path.with_suffix(".json").write_text(json.dumps(note))
+
+
+def saved_backbone(kind, folder, size=(32, 64), windows=None):
+    torch.manual_seed(0)
+    name, options = PRETRAINED[kind]
+    backbone = du.build_model(name, 0, pretrained=False, img_size=size, **options)
+    save(backbone, folder / "pretrained.safetensors", windows)
+    return backbone, folder / "pretrained.safetensors"
+
+
+@pytest.mark.parametrize("kind", PRETRAINED)
+@pytest.mark.parametrize("head", ["linear", "csra"])
+def test_saved_weights_are_taken_by_build_model(tmp_path, kind, head):
+    backbone, path = saved_backbone(kind, tmp_path)
+    name, options = PRETRAINED[kind]
+    model = du.build_model(name, 3, head, pretrained=path, img_size=(32, 64), **options)
+    images = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    features = getattr(model, "backbone", model).eval().forward_features(images)
+    torch.testing.assert_close(features, backbone.eval().forward_features(images))
+
+
+def test_position_tables_are_resized_for_another_window_and_size(tmp_path):
+    backbone, path = saved_backbone("swin", tmp_path)
+    name, options = PRETRAINED["swin"]
+    larger = {**options, "window_size": 8}
+    model = du.build_model(name, 3, pretrained=path, img_size=(64, 128), **larger)
+    table = model.layers[0].blocks[0].attn.relative_position_bias_table
+    assert len(table) == 15**2  # from 7²
+    old = backbone.layers[0].blocks[0].attn.relative_position_bias_table
+    assert table[112].tolist() == pytest.approx(old[24].tolist(), abs=1e-6)  # no offset: the centre
+
+
+def test_position_embedding_of_wide_images_is_resized(tmp_path):
+    backbone, path = saved_backbone("vit", tmp_path)
+    name, options = PRETRAINED["vit"]
+    model = du.build_model(name, 3, pretrained=path, img_size=(64, 128), **options)
+    assert backbone.pos_embed.shape[1] == 1 + 2 * 4
+    assert model.pos_embed.shape[1] == 1 + 4 * 8
+    old, new = backbone.pos_embed[0, 1:].view(2, 4, -1), model.pos_embed[0, 1:].view(4, 8, -1)
+    with torch.no_grad():  # rows stay rows: far corners stay alike
+        for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+            same = torch.cosine_similarity(old[row, column], new[row, column], dim=0)
+            assert same > 0.9
+
+
+def offset_bias(model):
+    """Return the bias of every offset of the first block's window, (2w-1, 2w-1, heads)."""
+    attention = model.layers[0].blocks[0].attn
+    with torch.no_grad():
+        return attention.cpb_mlp(attention.relative_coords_table)[0]
+
+
+def test_swinv2_computes_the_same_bias_for_the_same_offset_in_a_larger_window(tmp_path):
+    windows = [[4, 4], [4, 4], [0, 0], [0, 0]]
+    backbone, path = saved_backbone("swinv2", tmp_path, windows=windows)
+    name, options = PRETRAINED["swinv2"]
+    options = {**options, "window_size": 8}
+    model = du.build_model(name, 3, pretrained=path, img_size=(64, 64), **options)
+    small, large = offset_bias(backbone), offset_bias(model)
+    assert small.shape[:2] == (7, 7)
+    assert large.shape[:2] == (15, 15)
+    torch.testing.assert_close(large[4:-4, 4:-4], small)
+    # twice: the file of the larger window still counts from the first
+    again_path = tmp_path / "again.safetensors"
+    save(model, again_path, model.spec["model_kwargs"]["pretrained_window_sizes"])
+    again = du.build_model(name, 3, pretrained=again_path, img_size=64, **options)
+    torch.testing.assert_close(offset_bias(again), large)
+    # without the JSON the positions are shares of the new window
+    path.with_suffix(".json").unlink()
+    bare = du.build_model(name, 3, pretrained=path, img_size=(64, 64), **options)
+    torch.testing.assert_close(offset_bias(bare)[::14, ::14], small[::6, ::6])
+    assert not torch.allclose(offset_bias(bare), large)
+
+
+def test_window_of_pretraining_is_known_to_the_saved_classifier(tmp_path):
+    _, path = saved_backbone("swinv2", tmp_path, windows=[[4, 4], [4, 4], [0, 0], [0, 0]])
+    name, options = PRETRAINED["swinv2"]
+    options = {**options, "window_size": 8}
+    model = du.build_model(name, 2, "csra", pretrained=path, img_size=64, **options)
+    assert model.spec["model_kwargs"]["pretrained_window_sizes"][:2] == [[4, 4], [4, 4]]
+    classifier = du.Classifier(model, ["a", "b"], [0.5, 0.5])
+    loaded = du.Classifier.load(classifier.save(tmp_path / "run"))
+    torch.testing.assert_close(offset_bias(loaded.model.backbone), offset_bias(model.backbone))
+
+
+def test_file_with_fewer_stages_is_refused_in_a_sentence(tmp_path):
+    _, path = saved_backbone("swinv2", tmp_path, windows=[[4, 4], [4, 4], [0, 0], [0, 0]])
+    more = {**PRETRAINED["swinv2"][1], "depths": (2, 2, 2), "num_heads": (2, 2, 2)}
+    with pytest.raises(ValueError, match=r"lacks \d+ of \d+ weights of swinv2_tiny_window8_256"):
+        du.build_model(SWIN, 2, pretrained=path, img_size=64, **more)
+
+
+def test_windows_that_are_not_square_and_windows_that_are_given(tmp_path):
+    windows = [[4, 4], [2, 4], [0, 0], [0, 0]]
+    backbone, path = saved_backbone("swinv2", tmp_path, (16, 32), windows)  # maps 4 × 8, 2 × 4
+    assert [m.window_size for m in backbone.modules() if hasattr(m, "cpb_mlp")][2:] == [(2, 4)] * 2
+    name, options = PRETRAINED["swinv2"]
+    model = du.build_model(name, 2, pretrained=path, img_size=64, **options)
+    assert model.spec["model_kwargs"]["pretrained_window_sizes"] == windows
+    table = model.layers[1].blocks[0].attn.relative_coords_table[0]  # (2h - 1, 2w - 1, 2)
+    furthest = np.log2(8 * 3 / np.array([1, 3]) + 1) / 3  # 3 px of windows of 2 and 4
+    assert table[-1, -1].tolist() == pytest.approx(furthest.tolist(), rel=1e-5)
+    own = {**options, "pretrained_window_sizes": (6, 6)}
+    given = du.build_model(name, 2, pretrained=path, img_size=64, **own)
+    assert given.spec["model_kwargs"]["pretrained_window_sizes"] == (6, 6)
+
+
+def test_windows_of_another_architecture_are_of_no_use(tmp_path):
+    _, path = saved_backbone("vit", tmp_path, windows=[[4, 4]] * 4)
+    name, options = PRETRAINED["vit"]
+    model = du.build_model(name, 2, pretrained=path, img_size=(32, 64), **options)
+    assert model.spec["model_kwargs"] == options
+
+
+def test_broken_json_beside_the_weights_is_named(tmp_path):
+    _, path = saved_backbone("swinv2", tmp_path)
+    path.with_suffix(".json").write_text("{")
+    with pytest.raises(ValueError, match=r"pretrained\.json: no JSON of pretraining\.ipynb"):
+        du.build_model(SWIN, 2, pretrained=path, img_size=64, **PRETRAINED["swinv2"][1])
+
+
+def test_weights_with_two_classifiers_are_loaded_again(tmp_path):
+    options = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    name = "deit_tiny_distilled_patch16_224"
+    backbone = du.build_model(name, 0, pretrained=False, img_size=32, **options)
+    save(backbone, tmp_path / "b.safetensors")
+    path = tmp_path / "b.safetensors"
+    model = du.build_model(name, 3, pretrained=path, img_size=32, **options)
+    assert torch.equal(model.dist_token, backbone.dist_token)
+
+
+def test_positions_that_cannot_be_resized_are_named(tmp_path):
+    name, options = "hiera_tiny_224", {"embed_dim": 24, "stages": (1, 1, 1, 1), "num_heads": 1}
+    backbone = du.build_model(name, 0, pretrained=False, img_size=(64, 128), **options)
+    torch.save(backbone.state_dict(), tmp_path / "b.pt")
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of \d+ weights of hiera_tiny_224 in its shape: pos"
+    ):
+        du.build_model(name, 3, pretrained=tmp_path / "b.pt", img_size=(128, 256), **options)
 
 
 # ---------------------------------------------------------------- weights from the hub

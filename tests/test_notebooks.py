@@ -4,11 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from inspect import getsource
 
 import nbformat
 import pytest
 from conftest import NOTEBOOKS, ROOT
 from tqdm.notebook import tqdm_notebook
+
+import data_utils
 
 PRESENT = [name for name in NOTEBOOKS if (ROOT / f"{name}.ipynb").exists()]
 
@@ -83,6 +86,52 @@ def test_same_parameter_name_has_the_same_demo_value_everywhere():
     # folders of their own; use: larger batches; photos that many trainings read
     free = {"RUN_DIR", "OUTPUT_DIR", "BATCH_SIZE", "CACHE_DIR"}
     assert {k: v for k, v in shared.items() if len(set(v.values())) > 1 and k not in free} == {}
+
+
+def blocks_of_four(cell):
+    """Return every four code lines of a cell that follow each other; imports do not count."""
+    lines = [line.strip() for line in cell.source.splitlines()]
+    lines = [line for line in lines if line and not re.match(r"import |from .* import|#", line)]
+    return {tuple(lines[i : i + 4]) for i in range(len(lines) - 3)}
+
+
+def test_no_four_code_lines_stand_in_two_notebooks():
+    """What two notebooks do belongs into data_utils.py."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for name in PRESENT:
+        for cell in code_cells(nbformat.read(ROOT / f"{name}.ipynb", as_version=4)):
+            for block in blocks_of_four(cell):
+                found.setdefault(block, set()).add(name)
+    shared = [(sorted(names), *block) for block, names in found.items() if len(names) > 1]
+    assert not shared, "\n".join("\n    ".join(map(str, lines)) for lines in shared)
+
+
+def test_blocks_are_found_across_blank_lines_and_comments():
+    one = nbformat.v4.new_code_cell("import a\nx = 1\n\n# why\nif x:\n    y = 2\nz = 3")
+    assert blocks_of_four(one) == {("x = 1", "if x:", "y = 2", "z = 3")}
+
+
+@pytest.mark.parametrize(("name", "module"), [("csra", "CSRA"), ("mldecoder", "MLDecoder")])
+def test_code_that_a_text_shows_is_that_of_the_helper(name, module):
+    cells = nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells
+    shown = "\n".join(re.findall(r"```python\n(.*?)```", "\n".join(c.source for c in cells), re.S))
+    real = {
+        re.sub(r" +# .*", "", s.strip()) for s in getsource(getattr(data_utils, module)).split("\n")
+    }
+    lines = [re.sub(r" +# .*", "", line.strip()) for line in shown.splitlines()]
+    assert len(lines) > 10
+    assert [
+        line for line in lines if line and not line.startswith("def ") and line not in real
+    ] == []
+
+
+@pytest.mark.parametrize("name", ["csra", "mldecoder"])
+def test_head_notebook_takes_everything_but_its_head_from_the_baseline(name):
+    cells = code_cells(nbformat.read(ROOT / f"{name}.ipynb", as_version=4))
+    cell = next(c for c in cells if "parameters" in c.metadata.get("tags", []))
+    names = re.findall(r"(?m)^([A-Z_0-9]+) =", cell.source)
+    assert {"BASELINE_DIR", "RUN_DIR", "OPTIONS"} <= set(names)
+    assert len(names) <= 9
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
