@@ -36,7 +36,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import safetensors.torch
-import seaborn as sns
 import timm
 import torch
 import torchvision
@@ -3582,18 +3581,14 @@ class Classifier:
     def __post_init__(self) -> None:
         _check_choice("view", self.view, VIEWS)
         _check_choice("activation", self.activation, ("sigmoid", "softmax"))
-        whole, model = self.panorama_thresholds, self.model
+        model, whole = self.model, self.panorama_thresholds
         self.labels, self.thresholds = list(self.labels), np.asarray(self.thresholds, float)
         self.panorama_thresholds = np.asarray(self.thresholds if whole is None else whole, float)
         counts = [len(x) for x in (self.labels, self.thresholds, self.panorama_thresholds)]
-        expected = (
-            [model.spec["num_labels"]] * 3 if self.activation == "sigmoid" else [counts[0], 0, 0]
-        )
-        if counts != expected:
+        n, self.exclusive = model.spec["num_labels"], self.activation == "softmax"
+        if counts != ([n, 0, 0] if self.exclusive else [n, n, n]):
             found = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
-            raise ValueError(
-                f"{found} ({self.activation}) and {model.spec['num_labels']} logits do not match."
-            )
+            raise ValueError(f"{found} ({self.activation}) and {n} logits do not match.")
         self.device = _fastest_device()
         layout = torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
         self.model = model.to(self.device, memory_format=layout).eval()
@@ -3622,41 +3617,32 @@ class Classifier:
         probs: np.ndarray,
         view: str = "half",
         mode: str = "shrunk",
-        activation: str = "sigmoid",
-        flip: bool = False,
+        **options: Any,
     ) -> "Classifier":
         """Make a classifier with the thresholds that have the best F1 on validation.
 
-        Args:
-            probs: (N, L), what `model` says about `val_set`.
-            mode: see `find_optimal_thresholds`.
-            activation: "softmax" needs no thresholds.
-            flip: `probs` are of the images and their mirror images, see `Trainer.predict`.
+        `probs` (N, L) is what `model` says about `val_set`, `mode` is that of
+        `find_optimal_thresholds`, the options are activation and flip.
         """
-        labels, targets = val_set.label_columns, val_set.targets
-        options = {"view": view, "activation": activation, "flip": flip}
-        if activation != "sigmoid":
+        labels, options = val_set.label_columns, {"view": view, **options}
+        if options.get("activation", "sigmoid") != "sigmoid":
             return cls(model, labels, **options)
         find = functools.partial(find_optimal_thresholds, label_columns=labels, mode=mode)
-        own = find(probs, targets, groups=val_set.groups)["threshold"]
+        own = find(probs, val_set.targets, groups=val_set.groups)["threshold"]
         if view == "panorama":
             return cls(model, labels, own, **options)
-        images = pd.DataFrame({"image_path": [str(path) for path in val_set.paths]})
-        whole = to_panorama_level(images.join(pd.DataFrame(targets, columns=labels)), labels, probs)
-        panorama = find(whole[1], whole[0])["threshold"]
-        return cls(model, labels, own, panorama_thresholds=panorama, **options)
+        df = pd.DataFrame(val_set.targets, columns=labels)
+        df.insert(0, "image_path", [str(path) for path in val_set.paths])
+        targets, highest = to_panorama_level(df, labels, probs)
+        whole = find(highest, targets)["threshold"]
+        return cls(model, labels, own, panorama_thresholds=whole, **options)
 
     @classmethod
     def load(cls, path: str | os.PathLike, labels: Sequence[str] | None = None) -> "Classifier":
         """Load best_classifier.json and the weights beside it; safe with files from strangers.
 
-        Args:
-            labels: those it must have, in this order; None takes what it has.
-
-        Raises:
-            FileNotFoundError: the file or its weights are missing.
-            ValueError: it is no such description, the weights are not those it names, or its
-                labels are others.
+        `labels` are those it must have, in this order; None takes what it has. What is missing, no
+        such file, or not what the file names is refused in one sentence.
         """
         path = _need_file(path, "run training.ipynb to make it")
         try:
@@ -3666,9 +3652,8 @@ class Classifier:
             _check_description(content)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no valid best_classifier.json: {error}") from None
-        _check_labels(
-            path, content["labels"], content["labels"] if labels is None else list(labels)
-        )
+        if labels is not None:
+            _check_labels(path, content["labels"], list(labels))
         weights = _need_file(path.parent / content["weights"], f"keep it beside {path.name}")
         stored = weights.read_bytes()
         if hashlib.sha256(stored).hexdigest() != content["sha256"]:
@@ -3683,11 +3668,7 @@ class Classifier:
         except Exception as error:  # a stranger's values may fail anywhere inside timm
             raise ValueError(f"{path}: no model can be made of it ({error}).") from None
         try:
-            if content["format_version"] < 3:
-                state = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
-            else:
-                state = safetensors.torch.load(stored)
-            model.load_state_dict(state)
+            model.load_state_dict(_parse_weights(stored, content["format_version"]))
         except Exception as error:
             fit = f"does not fit {content['model_name']}, or is no plain state dict"
             raise ValueError(f"{weights}: {fit} ({type(error).__name__}).") from None
@@ -3723,8 +3704,8 @@ class Classifier:
                     raise OSError(errors[0])
                 good = [not problem for problem in problems]
                 logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip)
-                answers = _to_probs(logits, self.activation == "softmax")
-                probs.append(answers.reshape(*batch.shape[:2], -1)[good])
+                answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                probs.append(answers[good])
                 names += itertools.compress(found, good)
         table = self._table(names, np.concatenate(probs), panorama)
         table.attrs["unreadable"] = errors
@@ -3743,16 +3724,13 @@ class Classifier:
 
     def _table(self, names: Sequence[str], probs: np.ndarray, panorama: bool) -> pd.DataFrame:
         """Return one line per image and view of `probs` (N, V, L), and one for both halves."""
-        parts, cuts, softmax = ["panorama"], self.thresholds, self.activation == "softmax"
+        parts, cuts = ["panorama"], self.thresholds
         if probs.shape[1] == 2:
-            parts, cuts = (
-                ["left", "right", "panorama"],
-                np.stack([cuts, cuts, self.panorama_thresholds]),
-            )
-            joint = probs.mean(1) if softmax else probs.max(1)
+            parts, cuts = ["left", "right", "panorama"], [cuts, cuts, self.panorama_thresholds]
+            joint = probs.mean(1) if self.exclusive else probs.max(1)
             probs = np.concatenate([probs, joint[:, None]], axis=1)
         rows = probs.reshape(-1, len(self.labels))
-        present = _most_probable(rows) if softmax else (probs >= cuts).reshape(rows.shape)
+        present = _most_probable(rows) if self.exclusive else (probs >= cuts).reshape(rows.shape)
         table = pd.DataFrame(present.astype(int), columns=self.labels)
         table.insert(0, "image", [name for name in names for _ in parts])
         if panorama:
@@ -3762,14 +3740,9 @@ class Classifier:
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
 
-        CSRA: its class-specific attention. ML-Decoder: the cross-attention of the label's query.
-        Linear: the class activation map. It has only as many cells as the model has positions (see
-        `count_cells`). `overlay_heat_map` draws it over the photo.
-
-        Args:
-            image: a PIL image, an array (H, W, 3) or a path.
-            panorama: a whole 2:1 panorama; the maps of a model of halves are put side by side, each
-                as strong as its probability: (H, 2W).
+        The attention of the head (linear: the class activation map), in as many cells as the model
+        has positions: see `count_cells`, `overlay_heat_map`. Of a panorama, the maps of a model of
+        halves are put side by side, (H, 2W), each as strong as its probability.
         """
         _check_choice("label", label, self.labels)
         halves, index = panorama and self.view == "half", self.labels.index(label)
@@ -3779,11 +3752,17 @@ class Classifier:
         views = views.to(self.device)
         with torch.inference_mode():
             maps = _label_maps(self.model, views, index).cpu()
-            probs = _to_probs(self.model(views), self.activation == "softmax")[:, index]
+            probs = _to_probs(self.model(views), self.exclusive)[:, index]
         maps = F.interpolate(maps[:, None], views.shape[2:])[:, 0].numpy()
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
         return np.concatenate(list(maps * strength[:, None, None]), axis=1)
+
+
+def _parse_weights(stored: bytes, format_version: int) -> dict[str, torch.Tensor]:
+    if format_version >= 3:
+        return safetensors.torch.load(stored)
+    return torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
 
 
 def _as_items(images: Any) -> list[Any]:
@@ -3822,12 +3801,12 @@ def _check_description(content: dict) -> None:
     for kind, key in ((kind, key) for kind, keys in kinds.items() for key in keys.split()):
         need(isinstance(content.get(key), kind), f"{key} is missing or no {kind.__name__}.")
     name, weights, labels = (content[key] for key in ("model_name", "weights", "labels"))
-    is_name = Path(weights).name == weights and "\\" not in weights
-    need(is_name, "weights must be a file name beside it, not a path.")
+    is_inside = Path(weights).name == weights and "\\" not in weights
+    need(is_inside, "weights must be a file name beside it, not a path.")
     need(timm.is_model(name), f"timm has no model {name!r}.")
     need(len(labels) == content["num_labels"], f"{len(labels)} labels, but num_labels is another.")
-    need(all(isinstance(label, str) for label in labels), "labels should be texts.")
-    need(len(set(labels)) == len(labels), "labels should differ.")
+    are_texts = all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels)
+    need(are_texts, "labels should be different texts.")
     numbers = [v for k in ("thresholds", "panorama_thresholds", "mean", "std") for v in content[k]]
     finite = all(type(v) in (int, float) and np.isfinite(v) for v in numbers)
     need(finite, "thresholds, panorama_thresholds, mean and std should be numbers.")
@@ -3890,14 +3869,16 @@ def _as_picture(image: Any, mean: Any, std: Any) -> np.ndarray:
 
 
 def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> np.ndarray:
-    """Return a photo (H, W, 3) under a heat map (H, W) from 0 to 1, at the size of the heat map.
+    """Return a photo (H, W, 3) under a heat map from 0 to 1, whose cells stay cells.
 
     `opacity` is that of the hottest place; where nothing is, the photo shows through.
     """
-    photo = open_image(image, heat_map.shape).resize(heat_map.shape[::-1])
-    alpha = opacity * heat_map[..., None]
-    drawn = (1 - alpha) * np.asarray(photo, float) / 255
-    return np.rint(255 * (drawn + alpha * plt.cm.plasma(heat_map)[..., :3])).astype(np.uint8)
+    photo = open_image(image, (384, 384))
+    cells = Image.fromarray(np.asarray(heat_map, np.float32))
+    heat = np.asarray(cells.resize(photo.size, Image.Resampling.NEAREST))
+    alpha = opacity * heat[..., None].astype(float)
+    drawn = (1 - alpha) * np.asarray(photo, float) / 255 + alpha * plt.cm.plasma(heat)[..., :3]
+    return np.rint(255 * drawn).astype(np.uint8)
 
 
 def count_cells(heat_map: np.ndarray) -> str:
@@ -3907,29 +3888,29 @@ def count_cells(heat_map: np.ndarray) -> str:
 
 
 def plot_comparison(table: pd.DataFrame) -> plt.Figure:
-    """Draw the AP differences of `compare_scores` with their 95 % intervals."""
+    """Draw the AP differences of `compare_scores` with their 95 % intervals, the mAP apart."""
     order = [*table.index.drop("mAP")[np.argsort(table["difference"].drop("mAP"))], "mAP"]
     rows = table.loc[order]
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(rows) + 0.9), layout="constrained")
     error = np.stack([rows["difference"] - rows["low"], rows["high"] - rows["difference"]])
     axis.errorbar(rows["difference"], order, xerr=error.clip(0), fmt="o", color="tab:blue")
     axis.axvline(0, ls=":", color="grey")
-    axis.set_xlabel("difference in average precision to the baseline, 95 % interval")
+    axis.axhline(len(rows) - 1.5, lw=0.5, color="grey")
+    axis.set_xlabel("← baseline better   difference in AP, 95 % interval   this model better →")
     return figure
 
 
 def plot_history(history: pd.DataFrame) -> plt.Figure:
-    """Draw the losses and the validation score of a training run, with its best epoch.
-
-    The score is the top-1 accuracy of classes that exclude each other, else the mAP.
-    """
+    """Draw the losses and the validation score (top-1 accuracy or mAP), with the best epoch."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for column in ("train_loss", "val_loss"):
-        sns.lineplot(history, x="epoch", y=column, ax=left, label=column)
+    for column, name in (("train_loss", "training"), ("val_loss", "validation")):
+        left.plot(history["epoch"], history[column], label=name)
     score = "val_top1" if "val_top1" in history else "val_mAP"
-    sns.lineplot(history, x="epoch", y=score, ax=right, color="tab:green")
+    right.plot(history["epoch"], history[score], color="tab:green")
     best = history.loc[history[score].idxmax()]
     right.axvline(best["epoch"], ls=":", color="grey")
     right.set_title(f"best: {best[score]:.3f} in epoch {best['epoch']:.0f}")
-    left.set(ylabel="loss", title="loss")
+    left.set(xlabel="epoch", ylabel="loss")
+    right.set(xlabel="epoch", ylabel=score.replace("val_", "validation ").replace("top1", "top-1"))
+    left.legend()
     return figure
