@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -140,6 +142,21 @@ def test_unknown_view_is_refused(view):
 def test_panorama_thresholds_must_match_in_number():
     with pytest.raises(ValueError, match="match"):
         du.Classifier(tiny_model(), LABELS, THRESHOLDS, "half", [0.5, 0.5])
+
+
+def test_two_files_and_the_helper_are_all_it_takes(classifier, saved, photos, tmp_path):
+    """In an empty folder and a fresh Python, as somebody else would use it."""
+    for file in (du.__file__, saved, saved.parent / "model.safetensors"):
+        shutil.copy(file, tmp_path)
+    script = (
+        "import sys; from data_utils import Classifier; "
+        "c = Classifier.load('best_classifier.json'); "
+        "print(c.predict(sys.argv[1])[c.labels].iloc[0].tolist())"
+    )
+    command = [sys.executable, "-c", script, str(photos[1][0])]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    expected = classifier.predict(photos[1][0])[LABELS].iloc[0].tolist()
+    assert json.loads(result.stdout) == expected
 
 
 # ---------------------------------------------------------------- predict

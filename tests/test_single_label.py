@@ -1,5 +1,6 @@
 """Classes that exclude each other, on the same Trainer, scores and Classifier; schedules; seeds."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -316,7 +317,11 @@ def test_file_of_version_1_is_read_as_sigmoid(classifier, tmp_path):
     path = du.Classifier(classifier.model, CLASSES, [0.5, 0.2, 0.7]).save(tmp_path)
     content = json.loads(path.read_text())
     del content["activation"]
-    path.write_text(json.dumps(content | {"format_version": 1}))
+    weights = tmp_path / "best_model.pt"
+    torch.save(load_file(tmp_path / "model.safetensors"), weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    content |= {"format_version": 1, "weights": weights.name, "sha256": digest}
+    path.write_text(json.dumps(content))
     loaded = du.Classifier.load(path)
     assert loaded.activation == "sigmoid"
     assert loaded.thresholds.tolist() == [0.5, 0.2, 0.7]
