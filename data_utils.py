@@ -74,6 +74,7 @@ TUNABLE = {"LEARNING_RATE": _NUMBER, "WEIGHT_DECAY": _NUMBER, "LAYER_DECAY": (*_
 TUNABLE |= {"BATCH_SIZE": int, "RAND_AUGMENT": (str, _NOTHING), "LOSS": str}
 FORMAT_VERSION = 3  # 1 knew no "activation", 2 had its weights in a pickle
 WEIGHTS = "model.safetensors"
+Array = np.ndarray
 Cuts = float | Sequence[float] | str
 Groups = Sequence | None
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
@@ -1354,7 +1355,8 @@ class DataPartition(Dataset):
         size = _needed_size(self.transform)
         read = self._open_cached if self.cache_dir and size else open_image
         image = read(self.paths[index], size)
-        return (self.transform or (lambda x: x))(image), torch.tensor(self.targets[index])
+        image = self.transform(image) if self.transform else image
+        return image, torch.tensor(self.targets[index])
 
     def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
         stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else None
@@ -3265,7 +3267,7 @@ class Trainer:
 # ---------------------------------------------------------------- scores
 
 
-def _average_precision(targets: np.ndarray, probs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _average_precision(targets: Array, probs: Array, weights: Array) -> Array:
     """Return AP = Σ (R_k - R_{k-1}) P_k for each row of weights and label, (R, L).
 
     As sklearn.metrics.average_precision_score with sample_weight, for all weights at once.
@@ -3285,17 +3287,17 @@ def _average_precision(targets: np.ndarray, probs: np.ndarray, weights: np.ndarr
     return result
 
 
-def mean_average_precision(targets: np.ndarray, probs: np.ndarray) -> float:
+def mean_average_precision(targets: Array, probs: Array) -> float:
     """Return the mean AP over the labels that are present at least once; NaN if none is."""
     ap = _average_precision(targets, probs, np.ones((1, len(targets))))
     return float(np.nanmean(ap)) if np.isfinite(ap).any() else float("nan")
 
 
-def _most_probable(probs: np.ndarray) -> np.ndarray:
+def _most_probable(probs: Array) -> Array:
     return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]  # (N, L), true once a row
 
 
-def _as_scored(targets: Any, probs: Any) -> tuple[np.ndarray, np.ndarray]:
+def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
     """Return both as (N, L) of float; the one place where NaN probabilities are refused."""
     if np.isnan(probs := np.asarray(probs, float)).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
@@ -3304,7 +3306,7 @@ def _as_scored(targets: Any, probs: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _replicates(
     targets: Any, probs: Any, thresholds: Cuts, groups: Groups, n_bootstrap: int, seed: int
-) -> dict[str, np.ndarray]:
+) -> dict[str, Array]:
     """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
     targets, probs = _as_scored(targets, probs)
     known, true = ~np.isnan(targets), targets >= 0.5
@@ -3332,7 +3334,7 @@ def _replicates(
     return scores | means
 
 
-def _interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+def _interval(values: Array, level: float = 0.95) -> tuple[Array, Array]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         samples = values[1:] if len(values) > 1 else values * np.nan
@@ -3340,27 +3342,22 @@ def _interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.n
 
 
 def score_labels(
-    targets: np.ndarray,
-    probs: np.ndarray,
+    targets: Array,
+    probs: Array,
     label_columns: Sequence[str],
     thresholds: Cuts = 0.5,
     groups: Groups = None,
     n_bootstrap: int = 500,
     seed: int = 42,
 ) -> pd.DataFrame:
-    """Score each label on the cells that somebody judged.
+    """Score each label on the cells that somebody judged, one line per label.
 
     Args:
-        targets: (N, L), NaN for unknown; soft targets count as present from 0.5.
-        probs: (N, L).
+        targets, probs: (N, L); NaN targets are unknown, soft ones count as present from 0.5.
         thresholds: present means prob >= threshold; one for all or one per label. "argmax": the
             most probable class is present, for classes that exclude each other.
-        groups: (N,) groups that the bootstrap draws whole, e.g. panoramas; None draws rows.
-        n_bootstrap: bootstrap samples behind the 95 % intervals; 0 for none.
-
-    Returns:
-        One line per label: support (present), absent, unknown, AP, AP_low, AP_high, precision,
-        recall, F1, F1_low, F1_high, note. A label that is never present has NaN.
+        groups: (N,), what the bootstrap behind the 95 % intervals draws whole; None draws rows.
+        n_bootstrap: number of its samples; 0 for no intervals.
     """
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
@@ -3374,14 +3371,14 @@ def score_labels(
 
 
 def summarize_scores(
-    targets: np.ndarray,
-    probs: np.ndarray,
+    targets: Array,
+    probs: Array,
     thresholds: Cuts = 0.5,
     groups: Groups = None,
     n_bootstrap: int = 500,
     seed: int = 42,
 ) -> pd.DataFrame:
-    """Score all labels together, see `score_labels`: value, low, high (95 %), labels (judged).
+    """Score all labels together, see `score_labels`.
 
     Hamming loss is the share of wrong cells, exact match of images whose known cells are all right
     (with "argmax": the top-1 accuracy).
@@ -3395,9 +3392,9 @@ def summarize_scores(
 
 
 def compare_scores(
-    targets: np.ndarray,
-    probs: np.ndarray,
-    baseline: np.ndarray,
+    targets: Array,
+    probs: Array,
+    baseline: Array,
     label_columns: Sequence[str],
     groups: Groups = None,
     n_bootstrap: int = 500,
@@ -3411,7 +3408,7 @@ def compare_scores(
     if "mAP" in label_columns:
         raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
 
-    def replicates(runs: np.ndarray) -> np.ndarray:
+    def replicates(runs: Array) -> Array:
         shape, runs = np.shape(targets), np.asarray(runs, float)
         if runs.shape[-2:] != shape:
             expected = f"expected {shape}, as the targets, or several of these"
@@ -3422,14 +3419,12 @@ def compare_scores(
 
     new, old = replicates(probs), replicates(baseline)
     low, high = _interval(new - old)
-    table = {"baseline": old[0], "AP": new[0], "difference": new[0] - old[0]}
+    table = {"baseline": old[0], "AP": new[0], "difference": new[0] - old[0], "low": low}
     index = pd.Index([*label_columns, "mAP"], name="label")
-    return pd.DataFrame(table | {"low": low, "high": high}, index)
+    return pd.DataFrame(table | {"high": high}, index)
 
 
-def _best_cut(
-    targets: np.ndarray, probs: np.ndarray, beta: float, min_precision: float | None
-) -> tuple[float, float]:
+def _best_cut(targets: Array, probs: Array, beta: float, min_precision: float | None) -> tuple:
     """Return the threshold with the highest F-beta, midway between two probabilities, and that."""
     known = ~np.isnan(targets)
     if not known.any():
@@ -3446,17 +3441,13 @@ def _best_cut(
     return (middle if middle > lower else cuts[best]), score[best]
 
 
-def _best_cuts(
-    targets: np.ndarray, probs: np.ndarray, beta: float, min_precision: float | None = None
-) -> np.ndarray:
+def _best_cuts(targets: Array, probs: Array, beta: float, least: float | None = None) -> Array:
     """Return thresholds and scores (2, L + 1) of (N, L); the last is for all labels together."""
     columns = [*zip(targets.T, probs.T), (targets.ravel(), probs.ravel())]
-    return np.array([_best_cut(y, p, beta, min_precision) for y, p in columns]).T
+    return np.array([_best_cut(y, p, beta, least) for y, p in columns]).T
 
 
-def _shrunk_cuts(
-    targets: np.ndarray, probs: np.ndarray, groups: Groups, beta: float, seed: int
-) -> np.ndarray:
+def _shrunk_cuts(targets: Array, probs: Array, groups: Groups, beta: float, seed: int) -> Array:
     """Return thresholds (L + 1,), as `_best_cuts`, that hold on other photos.
 
     The mean cut of 30 bootstrap samples of groups lies in the middle of the plateau of good cuts;
@@ -3477,8 +3468,8 @@ def _shrunk_cuts(
 
 
 def find_optimal_thresholds(
-    probs: np.ndarray,
-    targets: np.ndarray,
+    probs: Array,
+    targets: Array,
     label_columns: Sequence[str],
     mode: str = "per_label",
     beta: float = 1.0,
@@ -3495,11 +3486,7 @@ def find_optimal_thresholds(
             other photos, averaged over bootstrap samples of `groups` (N,).
         beta: weight of recall against precision.
         min_precision: instead, the highest recall at this precision or better; not with "shrunk".
-        min_positives: a label with fewer falls back to the global threshold.
-
-    Returns:
-        One line per label: threshold (present means prob >= threshold), score on the given data,
-        positives and source: "own", "shrunk", "global" or why it fell back.
+        min_positives: a label with fewer falls back to the global threshold; see "source".
     """
     _check_choice("mode", mode, ("per_label", "global", "shrunk"))
     if mode == "shrunk" and min_precision is not None:
@@ -3524,8 +3511,8 @@ def find_optimal_thresholds(
 
 
 def to_panorama_level(
-    df: pd.DataFrame, label_columns: Sequence[str], probs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    df: pd.DataFrame, label_columns: Sequence[str], probs: Array
+) -> tuple[Array, Array]:
     """Combine halves to panoramas, in order of first appearance.
 
     Returns targets (P, L) as `combine_halves`, and the higher probability of both halves (P, L).
