@@ -729,6 +729,6 @@ def test_heat_map_of_four_cells_is_drawn_as_four_cells_over_the_whole_photo():
 
 
 def test_colour_bar_is_drawn_when_it_has_a_name():
-    figure = du.show_images([quadrants()], bar="strength")
+    figure = du.show_images([quadrants()], columns=1, bar="strength")
     assert [axis.get_ylabel() for axis in figure.axes] == ["", "strength"]
     plt.close(figure)
