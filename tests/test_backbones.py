@@ -32,7 +32,8 @@ def test_named_network_is_probed_and_fine_tuned_at_its_size(name, width, tmp_pat
         rows.append([str(tmp_path / f"{i}.png"), str(i), i, 1 - i])
     table = pd.DataFrame(rows, columns=["image_path", "group_id", "green", "red"])
     for part in ("train", "val"):
-        du.write_partition(table, tmp_path / f"{part}_partition.csv")
+        own = table.assign(group_id=part + table["group_id"])
+        du.write_partition(own, tmp_path / f"{part}_partition.csv")
     data = {"partition_dir": str(tmp_path), "model_name": name, "img_width": int(width)}
     config = du.TrainConfig.recipe(True, 2, epochs=1, batch_size=2, ema_decay=None, **data)
     config.pretrained, config.ema_decay = False, None  # random weights; a copy less in memory
