@@ -2,8 +2,8 @@
 
 python tests/run_notebooks.py                 all of them, into runs/report/index.html
 python tests/run_notebooks.py training csra   only these; what they read must be there already
-python tests/run_notebooks.py --pictures      run nothing; docs/ gets the figures of the notebooks as
-                                              they are: of the cell tagged "picture" (or "overview")
+python tests/run_notebooks.py --pictures      run nothing; docs/ gets the figures of cells that
+                                              are tagged "picture" or "overview", as they are now
 """
 
 import argparse
