@@ -141,10 +141,14 @@ def test_style_is_clean_in_code_and_notebooks(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_readme_commands_name_every_notebook_in_order():
+def test_readme_runs_all_and_links_every_notebook_in_order_with_its_picture():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"jupyter execute --inplace ((?:\w+\.ipynb ?)+)", readme)
-    assert found[1].split() == [f"{name}.ipynb" for name in PRESENT]
+    assert "&& python tests/run_notebooks.py\n" in readme
+    links = re.findall(r"^\| \d+ \| \[(\w+)\]\(\1\.ipynb\) <br> <img src=\"(\S+)\"", readme, re.M)
+    assert links == [(name, f"docs/{name}.jpg") for name in NOTEBOOKS]
+    pictures = {*re.findall(r"docs/\w+\.jpg", readme)}
+    assert {picture for picture in pictures if not (ROOT / picture).exists()} == set()
+    assert len(readme.split()) <= 1200
 
 
 def test_bars_of_tested_notebooks_move_seldom():
