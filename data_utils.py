@@ -121,9 +121,7 @@ def _bad_line(path: str | os.PathLike, number: int, problem: str) -> ValueError:
     return ValueError(f"{path}, line {number}: {problem}.")
 
 
-def read_tuned(
-    path: str | os.PathLike, head: str, network: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def read_tuned(path: str | os.PathLike, head: str, network: dict | None = None) -> dict[str, Any]:
     """Return what tuning.ipynb found for a head: fields of `TrainConfig`, as OPTIONS takes them.
 
     Warns of each field of `network` (e.g. model_name) that was another in the search.
@@ -1525,9 +1523,8 @@ class MaskedLoss(nn.Module):
 
 def _check_exclusive(part: DataPartition, name: str) -> None:
     """Refuse targets that are no shares of one class an image; unjudged images may be there."""
-    known = ~np.isnan(part.targets)
-    sums = np.where(known, part.targets, 0).sum(1)
-    wrong = known.any(1) & (~known.all(1) | (np.abs(sums - 1) > 1e-3))
+    shares = part.targets.sum(1)  # NaN where a cell is unknown
+    wrong = ~np.isnan(part.targets).all(1) & ~(np.abs(shares - 1) <= 1e-3)
     if wrong.any():
         first = getattr(part, "paths", np.arange(len(part)))[int(wrong.argmax())]
         problem = f"{wrong.sum()} {name} images have not exactly one class (the first: {first})"
@@ -1715,14 +1712,12 @@ def build_run(
     about = len(labels), head or config.head, config.pretrained, config.img_size, rates
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     model = build_model(config.model_name, *about, **options)
+    about = labels, make_transforms(model, False, config.view), config.cache_dir
+    tables = parts | {"plain": parts["train"]}
+    sets = {name: DataPartition(table, *about) for name, table in tables.items()}
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
-    plain = make_transforms(model, False, config.view)
-    transforms = {"train": make_transforms(model, True, config.view, **crops)}
-    tables = (parts | {"plain": parts["train"]}).items()
-    return model, {
-        name: DataPartition(table, labels, transforms.get(name, plain), config.cache_dir)
-        for name, table in tables
-    }
+    sets["train"].transform = make_transforms(model, True, config.view, **crops)
+    return model, sets
 
 
 HEAD_RATES = {"csra": 1e-2, "mldecoder": 1e-3}
@@ -1830,8 +1825,7 @@ class Trainer:
         self.metric = "val_top1" if config.loss == "ce" else "val_mAP"
         self.prepare_loss(train_set)
         self._prepare_model(model, train_set)
-        self.epoch, self.step, self.best, self.history = 0, 0, -np.inf, []
-        self.stopped = False  # by hand, before its end
+        self.epoch, self.step, self.history, self.stopped = 0, 0, [], False
 
     def prepare_loss(self, train_set: DataPartition) -> None:
         """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
@@ -1859,6 +1853,8 @@ class Trainer:
         if config.grad_checkpointing:
             getattr(model, "backbone", model).set_grad_checkpointing()
         self.ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
+        if self.ema is not None:
+            self.accelerator.register_for_checkpointing(self.ema.module)
         if config.compile:
             model.compile()
         groups = _parameter_groups(model, config)
@@ -1893,8 +1889,7 @@ class Trainer:
                 _remove_resume_point(self.run_dir / old)
             _write_json(self.run_dir / "config.json", asdict(self.config))
         if self.config.start == "probe":
-            row = {"epoch": 0, "step": 0, "learning_rate": 0.0, "train_loss": float("nan")}
-            self._note(row | self.validate() | {"seconds": 0.0, "images_per_second": 0.0})
+            self._end_epoch(0, float("nan"), 0.0)
         return self._run(after_epoch)
 
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
@@ -1906,11 +1901,8 @@ class Trainer:
         config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
         self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
         self.accelerator.load_state(str(last))
-        if self.ema is not None:
-            weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
-            self.ema.module.load_state_dict(weights)
-        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.history = state["history"]
+        self.epoch, self.step = self.history[-1]["epoch"], self.history[-1]["step"]
         return self._run(after_epoch)
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
@@ -1966,7 +1958,11 @@ class Trainer:
         try:
             with tqdm(desc="training", leave=False, delay=2, **options) as bar:
                 while self.epoch < config.epochs and self._waited() < config.patience:
-                    self._run_epoch(bar)
+                    start = time.perf_counter()
+                    train_loss = self._train_epoch(bar)
+                    self._end_epoch(self.epoch + 1, train_loss, time.perf_counter() - start)
+                    shown = {name: self.history[-1][name] for name in ("epoch", self.metric)}
+                    bar.set_postfix(shown, refresh=False)  # short ones need no bar
                     if after_epoch is not None:
                         after_epoch(dict(self.history[-1]))
         except KeyboardInterrupt:
@@ -1990,26 +1986,17 @@ class Trainer:
         scores = [self._score(row) for row in self.history]
         return len(scores) - 1 - int(np.argmax(scores)) if scores else 0
 
-    def _run_epoch(self, bar: tqdm) -> None:
-        start = time.perf_counter()
-        train_loss = self._train_epoch(bar)
-        seconds = time.perf_counter() - start
-        scores = self.validate()
-        self.epoch += 1
-        rate = max(g["lr"] / g.get("lr_scale", 1.0) for g in self.optimizer.param_groups)
-        row = {"epoch": self.epoch, "step": self.step, "learning_rate": rate}
-        row |= {"train_loss": train_loss, **scores, "seconds": seconds}
-        self._note(row | {"images_per_second": len(self.loader.dataset) / seconds})
-        shown = {name: f"{row[name]:.3f}" for name in ("train_loss", self.metric)}
-        bar.set_postfix({"epoch": self.epoch} | shown, refresh=False)  # short ones need no bar
-
-    def _note(self, row: dict[str, Any]) -> None:
+    def _end_epoch(self, epoch: int, train_loss: float, seconds: float) -> None:
         """Add a row to the history, keep the weights if they are the best so far, write last/."""
-        if self._score(row) > self.best:
-            self.best = self._score(row)
-            if self.accelerator.is_main_process:
-                model = self.ema.module if row.get("weights") == "ema" else self.plain
-                _save_weights(model, self.best_path)
+        rates = [g["lr"] / g.get("lr_scale", 1.0) for g in self.optimizer.param_groups]
+        row = {"epoch": epoch, "step": self.step, "learning_rate": max(rates) if epoch else 0.0}
+        row |= {"train_loss": train_loss} | self.validate() | {"seconds": seconds}
+        row["images_per_second"] = len(self.loader.dataset) / seconds if epoch else 0.0
+        best = np.nanmax([-np.inf, *map(self._score, self.history)])
+        if self._score(row) > best and self.accelerator.is_main_process:
+            model = self.ema.module if row.get("weights") == "ema" else self.plain
+            _save_weights(model, self.best_path)
+        self.epoch = epoch
         self.history.append(row)
         self._save_last()
 
@@ -2041,19 +2028,23 @@ class Trainer:
             logits = self.model(images.contiguous(memory_format=self.layout))
         return self.criterion(logits, targets)
 
-    def _train_epoch(self, bar: tqdm) -> float:
-        """Return the mean loss of one epoch."""
-        accelerator, seed = self.accelerator, self.config.seed + 7919 * (self.epoch + 1)
+    def _start_epoch(self) -> None:
+        seed = self.config.seed + 7919 * (self.epoch + 1)
         set_seed(seed, device_specific=True)
         self.generator.manual_seed(seed)
         self.model.train()
-        if self.config.batch_norm == "frozen":
-            for module in self.plain.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        norms = nn.modules.batchnorm._BatchNorm if self.config.batch_norm == "frozen" else ()
+        for module in self.plain.modules():
+            if isinstance(module, norms):
+                module.eval()
         self.model.zero_grad()  # of a batch that an interrupt broke off
-        if accelerator.scaler is not None:  # fp16: that batch may be half unscaled
-            accelerator.scaler._per_optimizer_states.clear()
+        if self.accelerator.scaler is not None:  # fp16: that batch may be half unscaled
+            self.accelerator.scaler._per_optimizer_states.clear()
+
+    def _train_epoch(self, bar: tqdm) -> float:
+        """Return the mean loss of one epoch."""
+        self._start_epoch()
+        accelerator = self.accelerator
         sums = torch.zeros(2, device=accelerator.device)  # of losses, of images
         for images, targets in self.loader:
             with accelerator.accumulate(self.model):
@@ -2085,10 +2076,8 @@ class Trainer:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()  # every process has its random state in there
         if self.accelerator.is_main_process:
-            if self.ema is not None:
-                torch.save(self.ema.module.state_dict(), temporary / "ema.pt")
-            state = {name: getattr(self, name) for name in ("epoch", "step", "best", "history")}
-            _write_json(temporary / "trainer.json", state | self._circumstances())
+            state = self._circumstances() | {"history": self.history}
+            _write_json(temporary / "trainer.json", state)
             _remove_resume_point(last)
             os.replace(temporary, last)
             with replacing(self.run_dir / "history.csv") as path:
