@@ -1467,12 +1467,11 @@ def fast_precision(model: nn.Module, device: str | None = None) -> str:
 
 
 class MaskedLoss(nn.Module):
-    """A loss of timm by name, or "ce" (one class an image), that leaves unknown (NaN) targets out.
+    """A loss of timm by name, or "ce" (one class an image): the mean over known (not NaN) cells.
 
-    The mean is over known cells; for "ce" over images that somebody judged, for "zlpr" over those
-    with a known cell. "zlpr" and "twoway" compare labels: an unknown cell is a negative with logit
-    -1e4, whose share is exactly zero. The weights of "db" take it as present by the label's rate.
-    Counts come from `targets` (N, L), the training part's; `kwargs` go to timm, e.g. asl_gamma_neg.
+    For "ce" and "zlpr" it is over images with known cells. "zlpr" and "twoway" compare labels: an
+    unknown cell is a negative with logit -1e4, whose share is zero. To "db" it is present by the
+    label's rate in `targets` (N, L), those of the training part. `kwargs`: e.g. asl_gamma_neg.
     """
 
     def __init__(
@@ -1500,9 +1499,8 @@ class MaskedLoss(nn.Module):
             kwargs[kind] = weights
         if name == "db":
             kwargs |= {"class_counts": counts, "num_samples": n}
-        if name == "ce":
-            self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        else:
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        if name != "ce":
             kwargs |= {"multi_label": True, "soft_targets": soft}
             self.loss = create_classification_loss(name, **kwargs)
         if name not in ("zlpr", "twoway"):
@@ -1698,10 +1696,9 @@ TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 def build_run(
     config: TrainConfig, head: str | None = None, names: Sequence[str] = PARTS, **head_kwargs: Any
 ) -> tuple[nn.Module, dict[str, DataPartition]]:
-    """Return the model, its head at the base rates, and the data sets of a configuration.
+    """Return the model, its head at the base rates, and its data sets by their `names`.
 
-    The sets are "train" with augmentation, "plain" (the same photos without), and the other
-    `names`. A `head` with its `head_kwargs` takes the place of the configuration's.
+    "plain" has the photos of "train" without augmentation. A `head` replaces the configuration's.
     """
     parts, labels = load_parts(config.partition_dir, names)
     if config.labels and config.labels != labels:
@@ -1720,16 +1717,12 @@ def build_run(
     return model, sets
 
 
-HEAD_RATES = {"csra": 1e-2, "mldecoder": 1e-3}
-
-
 def start_from_probe(
     model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig, most: int = 4000
 ) -> float:
-    """Let the head learn on the frozen backbone, before fine-tuning; return its validation mAP.
+    """Let the head learn "plain" of `parts` on the frozen backbone; return its mAP on "val".
 
-    A linear head becomes a probe. CSRA and ML-Decoder have 20 epochs on the feature maps of at
-    most `most` photos, which lie in memory. `parts` holds "plain" and "val".
+    A linear head becomes a probe, another has 20 epochs on feature maps of `most` photos at most.
     """
     is_linear = model.spec["head"] == "linear"
     options = config.batch_size, config.num_workers, is_linear, config.cache_dir
@@ -1745,9 +1738,10 @@ def start_from_probe(
     sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
     taken = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
     own = {key: getattr(config, key) for key in taken} | {"epochs": 20, "warmup_epochs": 1}
-    short = TrainConfig(learning_rate=HEAD_RATES[model.spec["head"]], **own)
+    own["learning_rate"] = {"csra": 1e-2, "mldecoder": 1e-3}[model.spec["head"]]
     with tempfile.TemporaryDirectory() as folder:
-        return Trainer(model.get_classifier(), *sets, short, folder).fit()["val_mAP"].max()
+        trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**own), folder)
+        return trainer.fit()["val_mAP"].max()
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
@@ -1792,11 +1786,10 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 class Trainer:
     """Train a model, keeping the weights of the best validation mAP (loss="ce": top-1 accuracy).
 
-    `run_dir` receives config.json, history.csv, the best weights and last/, the resume point.
-    Random numbers follow from (seed, epoch): a run that was resumed ends like one that was not
-    stopped (on a GPU: but for the rounding of kernels that add in any order). Several processes
-    (`accelerate launch`) need a `run_dir` that all of them see. Another task overrides
-    `prepare_loss`, `training_loss` and `validate`.
+    `run_dir` receives config.json, history.csv, the best weights and last/, the resume point; all
+    processes of `accelerate launch` see it. Random numbers follow from (seed, epoch): a resumed
+    run ends like one that was not stopped (on a GPU: but for the rounding of sums in any order).
+    Another task overrides `prepare_loss`, `training_loss` and `validate`.
     """
 
     def __init__(
@@ -1809,23 +1802,23 @@ class Trainer:
     ) -> None:
         if train_set.label_columns != val_set.label_columns:
             raise ValueError("training and validation partitions have different labels or order.")
-        self.run_dir, self.val_set, spec = Path(run_dir), val_set, getattr(model, "spec", {})
+        self.run_dir, self.best_path, self.val_set = Path(run_dir), Path(run_dir) / WEIGHTS, val_set
+        spec = getattr(model, "spec", {})
         own = {key: spec[key] for key in ("head", "head_kwargs") if key in spec}
-        self.best_path = self.run_dir / WEIGHTS
         self.config = config = replace(config, labels=list(train_set.label_columns), **own)
         precision = fast_precision(model) if config.precision == "auto" else config.precision
         AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
         GradientState._reset_state()  # train more than once
-        self.accelerator = Accelerator(
-            mixed_precision=precision,
-            gradient_accumulation_steps=config.grad_accum_steps,
-            dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        )
+        loading = DataLoaderConfiguration(non_blocking=True)
+        self.accelerator = Accelerator(mixed_precision=precision, dataloader_config=loading)
+        self.accelerator.gradient_accumulation_steps = config.grad_accum_steps
         set_seed(config.seed)
         self.metric = "val_top1" if config.loss == "ce" else "val_mAP"
         self.prepare_loss(train_set)
         self._prepare_model(model, train_set)
         self.epoch, self.step, self.history, self.stopped = 0, 0, [], False
+        found = {"processes": self.accelerator.num_processes, "precision": precision}
+        self.circumstances = found | {"images": len(train_set), "labels": config.labels}
 
     def prepare_loss(self, train_set: DataPartition) -> None:
         """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
@@ -1906,25 +1899,20 @@ class Trainer:
         return self._run(after_epoch)
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
-        start, fix = f"{self.run_dir} was trained with", "or call fit() to start again"
+        start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
         free = {"patience", "num_workers", "compile", "cache_dir", "flip_test", "labels"}
         changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in free]
         if changed:
-            raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {fix}.")
-        for what, now in self._circumstances().items():
+            raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
+        for what, now in self.circumstances.items():
             before = state.get(what, now)
-            said = {"labels": "other labels"}
-            said["precision"] = f"{before!r}, and precision is now {now!r}"
-            # "bf16" and "no" may follow each other, on another machine
-            if before != now and (what != "precision" or "fp16" in (before, now)):
-                found = said.get(what, f"{before} {what}, and now there are {now}")
-                raise ValueError(f"{start} {found}; resume as it was trained, {fix}.")
-
-    def _circumstances(self) -> dict[str, Any]:
-        """Return what the machine and the data, and not the configuration, decide."""
-        accelerator, images = self.accelerator, len(self.loader.dataset)
-        found = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-        return found | {"images": images, "labels": self.val_set.label_columns}
+            found = f"{before} {what}, and now there are {now}"
+            found = "other labels" if what == "labels" else found
+            if what == "precision":  # "bf16" and "no" may follow each other, on another machine
+                found = f"{before!r}, and precision is now {now!r}"
+                before = before if "fp16" in (before, now) else now
+            if before != now:
+                raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
     def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
         """Return probabilities (N, L); weights="ema" is the moving average, flip as in `_look`."""
@@ -1957,14 +1945,14 @@ class Trainer:
         options |= {"total": config.epochs * n_batches, "initial": self.epoch * n_batches}
         try:
             with tqdm(desc="training", leave=False, delay=2, **options) as bar:
-                while self.epoch < config.epochs and self._waited() < config.patience:
+                while self.epoch < config.epochs and self._has_patience():
                     start = time.perf_counter()
                     train_loss = self._train_epoch(bar)
                     self._end_epoch(self.epoch + 1, train_loss, time.perf_counter() - start)
-                    shown = {name: self.history[-1][name] for name in ("epoch", self.metric)}
-                    bar.set_postfix(shown, refresh=False)  # short ones need no bar
+                    row, shown = self.history[-1], ("epoch", "train_loss", self.metric)
+                    bar.set_postfix({name: row[name] for name in shown}, refresh=False)
                     if after_epoch is not None:
-                        after_epoch(dict(self.history[-1]))
+                        after_epoch(dict(row))
         except KeyboardInterrupt:
             self.stopped = True
             kept = f"{self.run_dir} keeps finished epochs, Trainer.resume() goes on from there"
@@ -1977,14 +1965,13 @@ class Trainer:
             self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
         return pd.DataFrame(self.history)
 
+    def _has_patience(self) -> bool:
+        scores = [self._score(row) for row in self.history]
+        return not scores or len(scores) - 1 - np.argmax(scores) < self.config.patience
+
     def _score(self, row: dict[str, float]) -> float:
         """Return what is best when highest."""
         return -row[self.metric] if self.metric == "val_loss" else row[self.metric]
-
-    def _waited(self) -> int:
-        """Return the number of epochs since the best one."""
-        scores = [self._score(row) for row in self.history]
-        return len(scores) - 1 - int(np.argmax(scores)) if scores else 0
 
     def _end_epoch(self, epoch: int, train_loss: float, seconds: float) -> None:
         """Add a row to the history, keep the weights if they are the best so far, write last/."""
@@ -2033,9 +2020,9 @@ class Trainer:
         set_seed(seed, device_specific=True)
         self.generator.manual_seed(seed)
         self.model.train()
-        norms = nn.modules.batchnorm._BatchNorm if self.config.batch_norm == "frozen" else ()
+        frozen = nn.modules.batchnorm._BatchNorm if self.config.batch_norm == "frozen" else ()
         for module in self.plain.modules():
-            if isinstance(module, norms):
+            if isinstance(module, frozen):
                 module.eval()
         self.model.zero_grad()  # of a batch that an interrupt broke off
         if self.accelerator.scaler is not None:  # fp16: that batch may be half unscaled
@@ -2068,7 +2055,7 @@ class Trainer:
         return total / n_images
 
     def _save_last(self) -> None:
-        """Write last/ under another name, its trainer.json last, then rename it."""
+        """Write last.tmp/, its trainer.json last, then rename it."""
         last, temporary = self.run_dir / "last", self.run_dir / "last.tmp"
         if self.accelerator.is_main_process:
             _remove_resume_point(temporary)
@@ -2076,7 +2063,7 @@ class Trainer:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()  # every process has its random state in there
         if self.accelerator.is_main_process:
-            state = self._circumstances() | {"history": self.history}
+            state = self.circumstances | {"history": self.history}
             _write_json(temporary / "trainer.json", state)
             _remove_resume_point(last)
             os.replace(temporary, last)
