@@ -1553,7 +1553,7 @@ def _remove_resume_point(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# What `TrainConfig.recipe` starts from: at least `steps` steps and `min_epochs` epochs.
+# Measured in docs/results.md: at least `steps` steps and `min_epochs` epochs, 40 at most.
 PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size": 32}
 PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
 PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
@@ -1594,10 +1594,7 @@ def _check_options(names: Iterable[str], known: Sequence[str] = ()) -> None:
 
 @dataclass
 class TrainConfig:
-    """Everything that decides a training run: the config.json of its folder.
-
-    Rates are for one optimizer step, which sees batch_size × grad_accum_steps × processes images.
-    """
+    """A run's config.json; a step sees batch_size × grad_accum_steps × processes photos."""
 
     # How to learn: what tuning.ipynb may search.
     epochs: int = _option(30, "how often every training photo is seen", _FROM_1)
@@ -1659,10 +1656,7 @@ class TrainConfig:
 
     @classmethod
     def recipe(cls, pretrained: bool | str, n_images: int, **changes: Any) -> "TrainConfig":
-        """Return the settings that were measured best (docs/results.md), with `changes`.
-
-        Few training images are seen more often. A change to None leaves a field to the recipe.
-        """
+        """Return the settings that were measured best, with the `changes` that are not None."""
         _check_options(changes)
         found = dict(PRETRAINED_RECIPE if pretrained else SCRATCH_RECIPE, pretrained=pretrained)
         batch_size = changes.get("batch_size") or found["batch_size"]
@@ -1745,18 +1739,14 @@ def start_from_probe(
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
-    """Return timm's schedule, one value per optimizer step, `updates` of them per epoch.
-
-    "cosine": Loshchilov & Hutter 2017, arXiv 1608.03983; "warm-restarts": three such cycles;
-    "one-cycle": the rates of Smith & Topin 2019, arXiv 1708.07120; "flat-cosine": 28 % fall.
-    """
+    """Return timm's schedule, one value per optimizer step, `updates` of them per epoch."""
     epochs, warmup = config.epochs, min(config.warmup_epochs, config.epochs - 1)
     rest, first = epochs - warmup, {"warmup_prefix": True}
     options = {"sched": "cosine", "num_epochs": epochs, "warmup_epochs": warmup, "warmup_lr": 0.0}
     rise = {"warmup_epochs": 0.3 * epochs, "warmup_lr": config.learning_rate / 25}
     own: dict[str, dict[str, Any]] = {
-        "cosine": {},
-        "one-cycle": first | rise | {"num_epochs": 0.7 * epochs},
+        "cosine": {},  # Loshchilov & Hutter 2017, arXiv 1608.03983
+        "one-cycle": first | rise | {"num_epochs": 0.7 * epochs},  # Smith 2019, arXiv 1708.07120
         "flat-cosine": {"sched": "wsd", "decay_epochs": 0.28 * epochs / rest, "decay_fn": "cosine"},
         "step": first | {"sched": "step", "decay_epochs": rest / 3, "decay_rate": 0.1},
         "warm-restarts": first | {"num_epochs": rest / 3, "cycle_limit": 3, "cycle_decay": 1.0},
@@ -1803,8 +1793,8 @@ class Trainer:
         if train_set.label_columns != val_set.label_columns:
             raise ValueError("training and validation partitions have different labels or order.")
         self.run_dir, self.best_path, self.val_set = Path(run_dir), Path(run_dir) / WEIGHTS, val_set
-        spec = getattr(model, "spec", {})
-        own = {key: spec[key] for key in ("head", "head_kwargs") if key in spec}
+        spec = getattr(model, "spec", {}).items()
+        own = {key: value for key, value in spec if key in ("head", "head_kwargs")}
         self.config = config = replace(config, labels=list(train_set.label_columns), **own)
         precision = fast_precision(model) if config.precision == "auto" else config.precision
         AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
@@ -1846,8 +1836,6 @@ class Trainer:
         if config.grad_checkpointing:
             getattr(model, "backbone", model).set_grad_checkpointing()
         self.ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
-        if self.ema is not None:
-            self.accelerator.register_for_checkpointing(self.ema.module)
         if config.compile:
             model.compile()
         groups = _parameter_groups(model, config)
@@ -1872,8 +1860,7 @@ class Trainer:
     def fit(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Train from the start and return the history; the model then holds the best weights.
 
-        A KeyboardInterrupt (the stop button) ends training, keeps the best weights and sets
-        `stopped`. `after_epoch` is called with each new row; what it raises ends the training.
+        The stop button ends it and sets `stopped`; what `after_epoch` raises at a row ends it too.
         """
         if self.history:
             raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
@@ -1894,6 +1881,9 @@ class Trainer:
         config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
         self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
         self.accelerator.load_state(str(last))
+        if self.ema is not None:
+            weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
+            self.ema.module.load_state_dict(weights)
         self.history = state["history"]
         self.epoch, self.step = self.history[-1]["epoch"], self.history[-1]["step"]
         return self._run(after_epoch)
@@ -1916,8 +1906,7 @@ class Trainer:
 
     def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
         """Return probabilities (N, L); weights="ema" is the moving average, flip as in `_look`."""
-        logits = self._predict_logits(dataset, weights, flip)
-        return _to_probs(logits, self.config.loss == "ce")
+        return _to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
 
     def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
         model, accelerator = self.ema.module if weights == "ema" else self.model, self.accelerator
@@ -2063,6 +2052,8 @@ class Trainer:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()  # every process has its random state in there
         if self.accelerator.is_main_process:
+            if self.ema is not None:
+                torch.save(self.ema.module.state_dict(), temporary / "ema.pt")
             state = self.circumstances | {"history": self.history}
             _write_json(temporary / "trainer.json", state)
             _remove_resume_point(last)

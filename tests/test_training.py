@@ -669,7 +669,7 @@ EVERYTHING = {
 
 
 def assert_same_run(run_dir, whole_dir):
-    for name in (BEST, "last/custom_checkpoint_0.pkl"):
+    for name in (BEST, "last/ema.pt"):
         assert_same_weights(weights_of(run_dir / name), weights_of(whole_dir / name))
     last = [next((d / "last").glob("model*.safetensors")) for d in (run_dir, whole_dir)]
     assert last[0].read_bytes() == last[1].read_bytes()  # bit-equal, not nearly
