@@ -121,9 +121,7 @@ def _bad_line(path: str | os.PathLike, number: int, problem: str) -> ValueError:
     return ValueError(f"{path}, line {number}: {problem}.")
 
 
-def read_tuned(
-    path: str | os.PathLike, head: str, network: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def read_tuned(path: str | os.PathLike, head: str, network: dict | None = None) -> dict[str, Any]:
     """Return what tuning.ipynb found for a head: fields of `TrainConfig`, as OPTIONS takes them.
 
     Warns of each field of `network` (e.g. model_name) that was another in the search.
@@ -1456,12 +1454,11 @@ def fast_precision(model: nn.Module, device: str | None = None) -> str:
 
 
 class MaskedLoss(nn.Module):
-    """A loss of timm by name, or "ce" (one class an image), that leaves unknown (NaN) targets out.
+    """A loss of timm by name, or "ce" (one class an image): the mean over known (not NaN) cells.
 
-    The mean is over known cells; for "ce" over images that somebody judged, for "zlpr" over those
-    with a known cell. "zlpr" and "twoway" compare labels: an unknown cell is a negative with logit
-    -1e4, whose share is exactly zero. The weights of "db" take it as present by the label's rate.
-    Counts come from `targets` (N, L), the training part's; `kwargs` go to timm, e.g. asl_gamma_neg.
+    For "ce" and "zlpr" it is over images with known cells. "zlpr" and "twoway" compare labels: an
+    unknown cell is a negative with logit -1e4, whose share is zero. To "db" it is present by the
+    label's rate in `targets` (N, L), those of the training part. `kwargs`: e.g. asl_gamma_neg.
     """
 
     def __init__(
@@ -1489,9 +1486,8 @@ class MaskedLoss(nn.Module):
             kwargs[kind] = weights
         if name == "db":
             kwargs |= {"class_counts": counts, "num_samples": n}
-        if name == "ce":
-            self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        else:
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        if name != "ce":
             kwargs |= {"multi_label": True, "soft_targets": soft}
             self.loss = create_classification_loss(name, **kwargs)
         if name not in ("zlpr", "twoway"):
@@ -1512,9 +1508,8 @@ class MaskedLoss(nn.Module):
 
 def _check_exclusive(part: DataPartition, name: str) -> None:
     """Refuse targets that are no shares of one class an image; unjudged images may be there."""
-    known = ~np.isnan(part.targets)
-    sums = np.where(known, part.targets, 0).sum(1)
-    wrong = known.any(1) & (~known.all(1) | (np.abs(sums - 1) > 1e-3))
+    shares = part.targets.sum(1)  # NaN where a cell is unknown
+    wrong = ~np.isnan(part.targets).all(1) & ~(np.abs(shares - 1) <= 1e-3)
     if wrong.any():
         first = getattr(part, "paths", np.arange(len(part)))[int(wrong.argmax())]
         problem = f"{wrong.sum()} {name} images have not exactly one class (the first: {first})"
@@ -1545,7 +1540,7 @@ def _remove_resume_point(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# What `TrainConfig.recipe` starts from: at least `steps` steps and `min_epochs` epochs.
+# Measured in docs/results.md: at least `steps` steps and `min_epochs` epochs, 40 at most.
 PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size": 32}
 PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
 PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
@@ -1586,10 +1581,7 @@ def _check_options(names: Iterable[str], known: Sequence[str] = ()) -> None:
 
 @dataclass
 class TrainConfig:
-    """Everything that decides a training run: the config.json of its folder.
-
-    Rates are for one optimizer step, which sees batch_size × grad_accum_steps × processes images.
-    """
+    """A run's config.json; a step sees batch_size × grad_accum_steps × processes photos."""
 
     # How to learn: what tuning.ipynb may search.
     epochs: int = _option(30, "how often every training photo is seen", _FROM_1)
@@ -1651,10 +1643,7 @@ class TrainConfig:
 
     @classmethod
     def recipe(cls, pretrained: bool | str, n_images: int, **changes: Any) -> "TrainConfig":
-        """Return the settings that were measured best (docs/results.md), with `changes`.
-
-        Few training images are seen more often. A change to None leaves a field to the recipe.
-        """
+        """Return the settings that were measured best, with the `changes` that are not None."""
         _check_options(changes)
         found = dict(PRETRAINED_RECIPE if pretrained else SCRATCH_RECIPE, pretrained=pretrained)
         batch_size = changes.get("batch_size") or found["batch_size"]
@@ -1688,10 +1677,9 @@ TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 def build_run(
     config: TrainConfig, head: str | None = None, names: Sequence[str] = PARTS, **head_kwargs: Any
 ) -> tuple[nn.Module, dict[str, DataPartition]]:
-    """Return the model, its head at the base rates, and the data sets of a configuration.
+    """Return the model, its head at the base rates, and its data sets by their `names`.
 
-    The sets are "train" with augmentation, "plain" (the same photos without), and the other
-    `names`. A `head` with its `head_kwargs` takes the place of the configuration's.
+    "plain" has the photos of "train" without augmentation. A `head` replaces the configuration's.
     """
     parts, labels = load_parts(config.partition_dir, names)
     if config.labels and config.labels != labels:
@@ -1702,26 +1690,20 @@ def build_run(
     about = len(labels), head or config.head, config.pretrained, config.img_size, rates
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     model = build_model(config.model_name, *about, **options)
+    about = labels, make_transforms(model, False, config.view), config.cache_dir
+    tables = parts | {"plain": parts["train"]}
+    sets = {name: DataPartition(table, *about) for name, table in tables.items()}
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
-    plain = make_transforms(model, False, config.view)
-    transforms = {"train": make_transforms(model, True, config.view, **crops)}
-    tables = (parts | {"plain": parts["train"]}).items()
-    return model, {
-        name: DataPartition(table, labels, transforms.get(name, plain), config.cache_dir)
-        for name, table in tables
-    }
-
-
-HEAD_RATES = {"csra": 1e-2, "mldecoder": 1e-3}
+    sets["train"].transform = make_transforms(model, True, config.view, **crops)
+    return model, sets
 
 
 def start_from_probe(
     model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig, most: int = 4000
 ) -> float:
-    """Let the head learn on the frozen backbone, before fine-tuning; return its validation mAP.
+    """Let the head learn "plain" of `parts` on the frozen backbone; return its mAP on "val".
 
-    A linear head becomes a probe. CSRA and ML-Decoder have 20 epochs on the feature maps of at
-    most `most` photos, which lie in memory. `parts` holds "plain" and "val".
+    A linear head becomes a probe, another has 20 epochs on feature maps of `most` photos at most.
     """
     is_linear = model.spec["head"] == "linear"
     options = config.batch_size, config.num_workers, is_linear, config.cache_dir
@@ -1737,24 +1719,21 @@ def start_from_probe(
     sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
     taken = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
     own = {key: getattr(config, key) for key in taken} | {"epochs": 20, "warmup_epochs": 1}
-    short = TrainConfig(learning_rate=HEAD_RATES[model.spec["head"]], **own)
+    own["learning_rate"] = {"csra": 1e-2, "mldecoder": 1e-3}[model.spec["head"]]
     with tempfile.TemporaryDirectory() as folder:
-        return Trainer(model.get_classifier(), *sets, short, folder).fit()["val_mAP"].max()
+        trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**own), folder)
+        return trainer.fit()["val_mAP"].max()
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
-    """Return timm's schedule, one value per optimizer step, `updates` of them per epoch.
-
-    "cosine": Loshchilov & Hutter 2017, arXiv 1608.03983; "warm-restarts": three such cycles;
-    "one-cycle": the rates of Smith & Topin 2019, arXiv 1708.07120; "flat-cosine": 28 % fall.
-    """
+    """Return timm's schedule, one value per optimizer step, `updates` of them per epoch."""
     epochs, warmup = config.epochs, min(config.warmup_epochs, config.epochs - 1)
     rest, first = epochs - warmup, {"warmup_prefix": True}
     options = {"sched": "cosine", "num_epochs": epochs, "warmup_epochs": warmup, "warmup_lr": 0.0}
     rise = {"warmup_epochs": 0.3 * epochs, "warmup_lr": config.learning_rate / 25}
     own: dict[str, dict[str, Any]] = {
-        "cosine": {},
-        "one-cycle": first | rise | {"num_epochs": 0.7 * epochs},
+        "cosine": {},  # Loshchilov & Hutter 2017, arXiv 1608.03983
+        "one-cycle": first | rise | {"num_epochs": 0.7 * epochs},  # Smith 2019, arXiv 1708.07120
         "flat-cosine": {"sched": "wsd", "decay_epochs": 0.28 * epochs / rest, "decay_fn": "cosine"},
         "step": first | {"sched": "step", "decay_epochs": rest / 3, "decay_rate": 0.1},
         "warm-restarts": first | {"num_epochs": rest / 3, "cycle_limit": 3, "cycle_decay": 1.0},
@@ -1784,11 +1763,10 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 class Trainer:
     """Train a model, keeping the weights of the best validation mAP (loss="ce": top-1 accuracy).
 
-    `run_dir` receives config.json, history.csv, the best weights and last/, the resume point.
-    Random numbers follow from (seed, epoch): a run that was resumed ends like one that was not
-    stopped (on a GPU: but for the rounding of kernels that add in any order). Several processes
-    (`accelerate launch`) need a `run_dir` that all of them see. Another task overrides
-    `prepare_loss`, `training_loss` and `validate`.
+    `run_dir` receives config.json, history.csv, the best weights and last/, the resume point; all
+    processes of `accelerate launch` see it. Random numbers follow from (seed, epoch): a resumed
+    run ends like one that was not stopped (on a GPU: but for the rounding of sums in any order).
+    Another task overrides `prepare_loss`, `training_loss` and `validate`.
     """
 
     def __init__(
@@ -1801,24 +1779,23 @@ class Trainer:
     ) -> None:
         if train_set.label_columns != val_set.label_columns:
             raise ValueError("training and validation partitions have different labels or order.")
-        self.run_dir, self.val_set, spec = Path(run_dir), val_set, getattr(model, "spec", {})
-        own = {key: spec[key] for key in ("head", "head_kwargs") if key in spec}
-        self.best_path = self.run_dir / WEIGHTS
+        self.run_dir, self.best_path, self.val_set = Path(run_dir), Path(run_dir) / WEIGHTS, val_set
+        spec = getattr(model, "spec", {}).items()
+        own = {key: value for key, value in spec if key in ("head", "head_kwargs")}
         self.config = config = replace(config, labels=list(train_set.label_columns), **own)
         precision = fast_precision(model) if config.precision == "auto" else config.precision
         AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
         GradientState._reset_state()  # train more than once
-        self.accelerator = Accelerator(
-            mixed_precision=precision,
-            gradient_accumulation_steps=config.grad_accum_steps,
-            dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        )
+        loading = DataLoaderConfiguration(non_blocking=True)
+        self.accelerator = Accelerator(mixed_precision=precision, dataloader_config=loading)
+        self.accelerator.gradient_accumulation_steps = config.grad_accum_steps
         set_seed(config.seed)
         self.metric = "val_top1" if config.loss == "ce" else "val_mAP"
         self.prepare_loss(train_set)
         self._prepare_model(model, train_set)
-        self.epoch, self.step, self.best, self.history = 0, 0, -np.inf, []
-        self.stopped = False  # by hand, before its end
+        self.epoch, self.step, self.history, self.stopped = 0, 0, [], False
+        found = {"processes": self.accelerator.num_processes, "precision": precision}
+        self.circumstances = found | {"images": len(train_set), "labels": config.labels}
 
     def prepare_loss(self, train_set: DataPartition) -> None:
         """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
@@ -1870,8 +1847,7 @@ class Trainer:
     def fit(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Train from the start and return the history; the model then holds the best weights.
 
-        A KeyboardInterrupt (the stop button) ends training, keeps the best weights and sets
-        `stopped`. `after_epoch` is called with each new row; what it raises ends the training.
+        The stop button ends it and sets `stopped`; what `after_epoch` raises at a row ends it too.
         """
         if self.history:
             raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
@@ -1880,8 +1856,7 @@ class Trainer:
                 _remove_resume_point(self.run_dir / old)
             _write_json(self.run_dir / "config.json", asdict(self.config))
         if self.config.start == "probe":
-            row = {"epoch": 0, "step": 0, "learning_rate": 0.0, "train_loss": float("nan")}
-            self._note(row | self.validate() | {"seconds": 0.0, "images_per_second": 0.0})
+            self._end_epoch(0, float("nan"), 0.0)
         return self._run(after_epoch)
 
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
@@ -1896,35 +1871,29 @@ class Trainer:
         if self.ema is not None:
             weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
             self.ema.module.load_state_dict(weights)
-        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.history = state["history"]
+        self.epoch, self.step = self.history[-1]["epoch"], self.history[-1]["step"]
         return self._run(after_epoch)
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
-        start, fix = f"{self.run_dir} was trained with", "or call fit() to start again"
+        start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
         free = {"patience", "num_workers", "compile", "cache_dir", "flip_test", "labels"}
         changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in free]
         if changed:
-            raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {fix}.")
-        for what, now in self._circumstances().items():
+            raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
+        for what, now in self.circumstances.items():
             before = state.get(what, now)
-            said = {"labels": "other labels"}
-            said["precision"] = f"{before!r}, and precision is now {now!r}"
-            # "bf16" and "no" may follow each other, on another machine
-            if before != now and (what != "precision" or "fp16" in (before, now)):
-                found = said.get(what, f"{before} {what}, and now there are {now}")
-                raise ValueError(f"{start} {found}; resume as it was trained, {fix}.")
-
-    def _circumstances(self) -> dict[str, Any]:
-        """Return what the machine and the data, and not the configuration, decide."""
-        accelerator, images = self.accelerator, len(self.loader.dataset)
-        found = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-        return found | {"images": images, "labels": self.val_set.label_columns}
+            found = f"{before} {what}, and now there are {now}"
+            found = "other labels" if what == "labels" else found
+            if what == "precision":  # "bf16" and "no" may follow each other, on another machine
+                found = f"{before!r}, and precision is now {now!r}"
+                before = before if "fp16" in (before, now) else now
+            if before != now:
+                raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
     def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
         """Return probabilities (N, L); weights="ema" is the moving average, flip as in `_look`."""
-        logits = self._predict_logits(dataset, weights, flip)
-        return _to_probs(logits, self.config.loss == "ce")
+        return _to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
 
     def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
         model, accelerator = self.ema.module if weights == "ema" else self.model, self.accelerator
@@ -1952,10 +1921,14 @@ class Trainer:
         options |= {"total": config.epochs * n_batches, "initial": self.epoch * n_batches}
         try:
             with tqdm(desc="training", leave=False, delay=2, **options) as bar:
-                while self.epoch < config.epochs and self._waited() < config.patience:
-                    self._run_epoch(bar)
+                while self.epoch < config.epochs and self._has_patience():
+                    start = time.perf_counter()
+                    train_loss = self._train_epoch(bar)
+                    self._end_epoch(self.epoch + 1, train_loss, time.perf_counter() - start)
+                    row, shown = self.history[-1], ("epoch", "train_loss", self.metric)
+                    bar.set_postfix({name: row[name] for name in shown}, refresh=False)
                     if after_epoch is not None:
-                        after_epoch(dict(self.history[-1]))
+                        after_epoch(dict(row))
         except KeyboardInterrupt:
             self.stopped = True
             kept = f"{self.run_dir} keeps finished epochs, Trainer.resume() goes on from there"
@@ -1968,35 +1941,25 @@ class Trainer:
             self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
         return pd.DataFrame(self.history)
 
+    def _has_patience(self) -> bool:
+        scores = [self._score(row) for row in self.history]
+        return not scores or len(scores) - 1 - np.argmax(scores) < self.config.patience
+
     def _score(self, row: dict[str, float]) -> float:
         """Return what is best when highest."""
         return -row[self.metric] if self.metric == "val_loss" else row[self.metric]
 
-    def _waited(self) -> int:
-        """Return the number of epochs since the best one."""
-        scores = [self._score(row) for row in self.history]
-        return len(scores) - 1 - int(np.argmax(scores)) if scores else 0
-
-    def _run_epoch(self, bar: tqdm) -> None:
-        start = time.perf_counter()
-        train_loss = self._train_epoch(bar)
-        seconds = time.perf_counter() - start
-        scores = self.validate()
-        self.epoch += 1
-        rate = max(g["lr"] / g.get("lr_scale", 1.0) for g in self.optimizer.param_groups)
-        row = {"epoch": self.epoch, "step": self.step, "learning_rate": rate}
-        row |= {"train_loss": train_loss, **scores, "seconds": seconds}
-        self._note(row | {"images_per_second": len(self.loader.dataset) / seconds})
-        shown = {name: f"{row[name]:.3f}" for name in ("train_loss", self.metric)}
-        bar.set_postfix({"epoch": self.epoch} | shown, refresh=False)  # short ones need no bar
-
-    def _note(self, row: dict[str, Any]) -> None:
+    def _end_epoch(self, epoch: int, train_loss: float, seconds: float) -> None:
         """Add a row to the history, keep the weights if they are the best so far, write last/."""
-        if self._score(row) > self.best:
-            self.best = self._score(row)
-            if self.accelerator.is_main_process:
-                model = self.ema.module if row.get("weights") == "ema" else self.plain
-                _save_weights(model, self.best_path)
+        rates = [g["lr"] / g.get("lr_scale", 1.0) for g in self.optimizer.param_groups]
+        row = {"epoch": epoch, "step": self.step, "learning_rate": max(rates) if epoch else 0.0}
+        row |= {"train_loss": train_loss} | self.validate() | {"seconds": seconds}
+        row["images_per_second"] = len(self.loader.dataset) / seconds if epoch else 0.0
+        best = np.nanmax([-np.inf, *map(self._score, self.history)])
+        if self._score(row) > best and self.accelerator.is_main_process:
+            model = self.ema.module if row.get("weights") == "ema" else self.plain
+            _save_weights(model, self.best_path)
+        self.epoch = epoch
         self.history.append(row)
         self._save_last()
 
@@ -2028,19 +1991,23 @@ class Trainer:
             logits = self.model(images.contiguous(memory_format=self.layout))
         return self.criterion(logits, targets)
 
-    def _train_epoch(self, bar: tqdm) -> float:
-        """Return the mean loss of one epoch."""
-        accelerator, seed = self.accelerator, self.config.seed + 7919 * (self.epoch + 1)
+    def _start_epoch(self) -> None:
+        seed = self.config.seed + 7919 * (self.epoch + 1)
         set_seed(seed, device_specific=True)
         self.generator.manual_seed(seed)
         self.model.train()
-        if self.config.batch_norm == "frozen":
-            for module in self.plain.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        frozen = nn.modules.batchnorm._BatchNorm if self.config.batch_norm == "frozen" else ()
+        for module in self.plain.modules():
+            if isinstance(module, frozen):
+                module.eval()
         self.model.zero_grad()  # of a batch that an interrupt broke off
-        if accelerator.scaler is not None:  # fp16: that batch may be half unscaled
-            accelerator.scaler._per_optimizer_states.clear()
+        if self.accelerator.scaler is not None:  # fp16: that batch may be half unscaled
+            self.accelerator.scaler._per_optimizer_states.clear()
+
+    def _train_epoch(self, bar: tqdm) -> float:
+        """Return the mean loss of one epoch."""
+        self._start_epoch()
+        accelerator = self.accelerator
         sums = torch.zeros(2, device=accelerator.device)  # of losses, of images
         for images, targets in self.loader:
             with accelerator.accumulate(self.model):
@@ -2064,7 +2031,7 @@ class Trainer:
         return total / n_images
 
     def _save_last(self) -> None:
-        """Write last/ under another name, its trainer.json last, then rename it."""
+        """Write last.tmp/, its trainer.json last, then rename it."""
         last, temporary = self.run_dir / "last", self.run_dir / "last.tmp"
         if self.accelerator.is_main_process:
             _remove_resume_point(temporary)
@@ -2074,8 +2041,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 torch.save(self.ema.module.state_dict(), temporary / "ema.pt")
-            state = {name: getattr(self, name) for name in ("epoch", "step", "best", "history")}
-            _write_json(temporary / "trainer.json", state | self._circumstances())
+            state = self.circumstances | {"history": self.history}
+            _write_json(temporary / "trainer.json", state)
             _remove_resume_point(last)
             os.replace(temporary, last)
             with replacing(self.run_dir / "history.csv") as path:
