@@ -201,8 +201,8 @@ def _read_export(path: str | os.PathLike) -> Iterator[list[dict]]:
 def _row_answers(row: dict) -> list[dict]:
     """Return every answer of every annotator in every project; one record of a bare image."""
     image = {"image": row["data_row"]["external_id"], "data_row_id": row["data_row"].get("id")}
-    image |= dict.fromkeys(["project", "annotator", "label_id", "judged"])
-    image |= dict.fromkeys(["question", "kind", "answer"])
+    image |= {"project": None, "annotator": None, "label_id": None, "judged": False}
+    image |= {"question": None, "kind": None, "answer": None}
     records = []
     for project_id, project in row["projects"].items():
         for number, label in enumerate(project.get("labels") or []):
@@ -211,28 +211,27 @@ def _row_answers(row: dict) -> list[dict]:
             key["annotator"] = (label.get("label_details") or {}).get("created_by")
             key["label_id"] = label.get("id") or f"{project_id}-{number}"
             items = label.get("annotations", {}).get("classifications") or []
-            walked = [] if skipped else _walk_answers(items)
-            answers = [{"question": q, "kind": kind, "answer": name} for q, kind, name in walked]
+            answers = [] if skipped else list(_walk_answers(items))
             records += [image | key | answer for answer in answers or [{}]]
-    records = records or [image | {"judged": False}]
+    records = records or [image]
     for value in itertools.chain.from_iterable(map(dict.values, records)):
         if not isinstance(value, str | bool | None):
             raise TypeError(f"text instead of {value!r}")
     return records
 
 
-def _walk_answers(items: list[dict], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (question, kind, answer); nested questions are "parent / child", below a grade too."""
+def _walk_answers(items: list[dict], prefix: str = "") -> Iterator[dict[str, str]]:
+    """Yield each answer; nested questions are "parent / child", below a grade too."""
     for item in items:
         question = prefix + item["name"]
         if "text_answer" in item:
-            yield question, "text", (item["text_answer"] or {}).get("content")
-        given = item.get("radio_answer") or item.get("checklist_answers") or []
+            content = (item["text_answer"] or {}).get("content")
+            yield {"question": question, "kind": "text", "answer": content}
         kind = "checklist" if "checklist_answers" in item else "radio"
+        given = item.get("radio_answer") or item.get("checklist_answers") or []
         for answer in given if isinstance(given, list) else [given]:
-            name = answer["name"]
-            yield question, kind, name
-            below = question if _GRADE.match(name) else f"{question} / {name}"
+            yield {"question": question, "kind": kind, "answer": answer["name"]}
+            below = question if _GRADE.match(answer["name"]) else f"{question} / {answer['name']}"
             yield from _walk_answers(answer.get("classifications") or [], f"{below} / ")
 
 
@@ -248,27 +247,17 @@ def read_labelbox(
     "question / option". Texts and `flags` (radio questions about the photo itself) are no labels.
     `problematic` "drop" leaves out the images that carry the first of `flags`.
 
-    Returns:
-        Columns image, data_row_id, project, annotator, label_id, judged (False in the one line of
-        an image that nobody labelled), question, kind, answer, grade (1 = most certain) and label,
-        a categorical with the vocabulary of all rows in order of first appearance.
-        `.attrs["report"]` lists what needs attention.
+    Returns columns image, data_row_id, project, annotator, label_id, judged (False in the one line
+    of an image that nobody labelled), question, kind, answer, grade (1 = most certain) and label, a
+    categorical with the vocabulary of all rows as they appear; `.attrs["report"]` says what needs
+    attention.
     """
     _check_choice("problematic", problematic, ("drop", "keep"))
-    records, images = [], []
-    for answers in _read_export(path):
-        images.append(answers[0]["image"])
-        records += answers
-    if not records:
+    rows = list(_read_export(path))
+    if not rows:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export.")
-    answers = pd.DataFrame(records).drop_duplicates(ignore_index=True)
-    images = pd.Series(images)
-    return _name_labels(answers, images[images.duplicated()].tolist(), problematic, flags)
-
-
-def _name_labels(
-    answers: pd.DataFrame, duplicates: list[str], problematic: str, flags: Sequence[str]
-) -> pd.DataFrame:
+    images = pd.Series([row[0]["image"] for row in rows])
+    answers = pd.DataFrame(itertools.chain(*rows)).drop_duplicates(ignore_index=True)
     answers["grade"] = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
     option = answers["question"] + " / " + answers["answer"]
     graded = answers.groupby("question")["grade"].transform("count").fillna(0) > 0
@@ -279,16 +268,15 @@ def _name_labels(
     ungraded = graded & (answers.groupby(key, observed=True)["grade"].transform("count") == 0)
     judged = answers.groupby("image", sort=False)["judged"].any()
     bad = answers.loc[answers["question"].isin(flags[:1]), "image"].unique()
-    report = {
+    answers.attrs["report"] = {
         "images": len(judged),
-        "duplicated": duplicates,
+        "duplicated": images[images.duplicated()].tolist(),
         "unlabelled": judged.index[~judged].tolist(),
         "problematic": list(bad),
         "without a grade": sorted(answers.loc[ungraded, "image"].unique()),
     }
     if problematic == "drop":
-        answers = answers[~answers["image"].isin(bad)].reset_index(drop=True)
-    answers.attrs["report"] = report
+        return answers[~answers["image"].isin(bad)].reset_index(drop=True)
     return answers
 
 
@@ -306,8 +294,7 @@ def to_targets(
 
     Args:
         positive_max: grades 1..positive_max are present, a lower certainty is absent.
-        unanswered: what an unticked question means where somebody labelled the image in a project
-            that asks it: "absent" (0) or "unknown" (NaN).
+        unanswered: an unticked question of a project that asks it is "absent" (0) or "unknown".
         soft: soft target per grade, e.g. {1: 1.0, 2: 0.9, 3: 0.6}; None gives 1.
         hard: with `soft`, decide by the mean certainty (present from 0.5) instead of keeping it.
     """
