@@ -199,8 +199,8 @@ def _read_export(path: str | os.PathLike) -> Iterator[list[dict]]:
 def _row_answers(row: dict) -> list[dict]:
     """Return every answer of every annotator in every project; one record of a bare image."""
     image = {"image": row["data_row"]["external_id"], "data_row_id": row["data_row"].get("id")}
-    image |= dict.fromkeys(["project", "annotator", "label_id", "judged"])
-    image |= dict.fromkeys(["question", "kind", "answer"])
+    image |= {"project": None, "annotator": None, "label_id": None, "judged": False}
+    image |= {"question": None, "kind": None, "answer": None}
     records = []
     for project_id, project in row["projects"].items():
         for number, label in enumerate(project.get("labels") or []):
@@ -209,28 +209,27 @@ def _row_answers(row: dict) -> list[dict]:
             key["annotator"] = (label.get("label_details") or {}).get("created_by")
             key["label_id"] = label.get("id") or f"{project_id}-{number}"
             items = label.get("annotations", {}).get("classifications") or []
-            walked = [] if skipped else _walk_answers(items)
-            answers = [{"question": q, "kind": kind, "answer": name} for q, kind, name in walked]
+            answers = [] if skipped else list(_walk_answers(items))
             records += [image | key | answer for answer in answers or [{}]]
-    records = records or [image | {"judged": False}]
+    records = records or [image]
     for value in itertools.chain.from_iterable(map(dict.values, records)):
         if not isinstance(value, str | bool | None):
             raise TypeError(f"text instead of {value!r}")
     return records
 
 
-def _walk_answers(items: list[dict], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (question, kind, answer); nested questions are "parent / child", below a grade too."""
+def _walk_answers(items: list[dict], prefix: str = "") -> Iterator[dict[str, str]]:
+    """Yield each answer; nested questions are "parent / child", below a grade too."""
     for item in items:
         question = prefix + item["name"]
         if "text_answer" in item:
-            yield question, "text", (item["text_answer"] or {}).get("content")
-        given = item.get("radio_answer") or item.get("checklist_answers") or []
+            content = (item["text_answer"] or {}).get("content")
+            yield {"question": question, "kind": "text", "answer": content}
         kind = "checklist" if "checklist_answers" in item else "radio"
+        given = item.get("radio_answer") or item.get("checklist_answers") or []
         for answer in given if isinstance(given, list) else [given]:
-            name = answer["name"]
-            yield question, kind, name
-            below = question if _GRADE.match(name) else f"{question} / {name}"
+            yield {"question": question, "kind": kind, "answer": answer["name"]}
+            below = question if _GRADE.match(answer["name"]) else f"{question} / {answer['name']}"
             yield from _walk_answers(answer.get("classifications") or [], f"{below} / ")
 
 
@@ -246,27 +245,17 @@ def read_labelbox(
     "question / option". Texts and `flags` (radio questions about the photo itself) are no labels.
     `problematic` "drop" leaves out the images that carry the first of `flags`.
 
-    Returns:
-        Columns image, data_row_id, project, annotator, label_id, judged (False in the one line of
-        an image that nobody labelled), question, kind, answer, grade (1 = most certain) and label,
-        a categorical with the vocabulary of all rows in order of first appearance.
-        `.attrs["report"]` lists what needs attention.
+    Returns columns image, data_row_id, project, annotator, label_id, judged (False in the one line
+    of an image that nobody labelled), question, kind, answer, grade (1 = most certain) and label, a
+    categorical with the vocabulary of all rows as they appear; `.attrs["report"]` says what needs
+    attention.
     """
     _check_choice("problematic", problematic, ("drop", "keep"))
-    records, images = [], []
-    for answers in _read_export(path):
-        images.append(answers[0]["image"])
-        records += answers
-    if not records:
+    rows = list(_read_export(path))
+    if not rows:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export.")
-    answers = pd.DataFrame(records).drop_duplicates(ignore_index=True)
-    images = pd.Series(images)
-    return _name_labels(answers, images[images.duplicated()].tolist(), problematic, flags)
-
-
-def _name_labels(
-    answers: pd.DataFrame, duplicates: list[str], problematic: str, flags: Sequence[str]
-) -> pd.DataFrame:
+    images = pd.Series([row[0]["image"] for row in rows])
+    answers = pd.DataFrame(itertools.chain(*rows)).drop_duplicates(ignore_index=True)
     answers["grade"] = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
     option = answers["question"] + " / " + answers["answer"]
     graded = answers.groupby("question")["grade"].transform("count").fillna(0) > 0
@@ -277,16 +266,15 @@ def _name_labels(
     ungraded = graded & (answers.groupby(key, observed=True)["grade"].transform("count") == 0)
     judged = answers.groupby("image", sort=False)["judged"].any()
     bad = answers.loc[answers["question"].isin(flags[:1]), "image"].unique()
-    report = {
+    answers.attrs["report"] = {
         "images": len(judged),
-        "duplicated": duplicates,
+        "duplicated": images[images.duplicated()].tolist(),
         "unlabelled": judged.index[~judged].tolist(),
         "problematic": list(bad),
         "without a grade": sorted(answers.loc[ungraded, "image"].unique()),
     }
     if problematic == "drop":
-        answers = answers[~answers["image"].isin(bad)].reset_index(drop=True)
-    answers.attrs["report"] = report
+        return answers[~answers["image"].isin(bad)].reset_index(drop=True)
     return answers
 
 
@@ -304,8 +292,7 @@ def to_targets(
 
     Args:
         positive_max: grades 1..positive_max are present, a lower certainty is absent.
-        unanswered: what an unticked question means where somebody labelled the image in a project
-            that asks it: "absent" (0) or "unknown" (NaN).
+        unanswered: an unticked question of a project that asks it is "absent" (0) or "unknown".
         soft: soft target per grade, e.g. {1: 1.0, 2: 0.9, 3: 0.6}; None gives 1.
         hard: with `soft`, decide by the mean certainty (present from 0.5) instead of keeping it.
     """
@@ -332,157 +319,6 @@ def to_targets(
         targets = (targets.round(9) >= 0.5).astype(float).where(targets.notna())
     targets = targets.reindex(answers["image"].unique())
     return targets.rename_axis(index="image", columns=None).reset_index()
-
-
-def read_class_folders(
-    root: str | os.PathLike, names_path: str | os.PathLike | None = None
-) -> pd.DataFrame:
-    """Read `root/<class>/*.jpg`, or ImageNet's `root/train/<class>/` and `root/val/<class>/`.
-
-    Lines `n01440764 tench, Tinca tinca` in `names_path` (ImageNet's LOC_synset_mapping.txt) name
-    the folders. Returns `image` (path below root) and one 0/1 column per class.
-    """
-    root = Path(root)
-    split = [root / name for name in ("train", "val") if (root / name).is_dir()]
-    parts = split if len(split) == 2 else [root]
-    found = pd.DataFrame([row for part in parts for row in _class_images(part)])
-    found.columns = ["part", "class", "image"]
-    deep = found["image"].map(lambda path: len(path.relative_to(root).parts) > 2)
-    if len(split) == 1 and deep.all() and set(found["class"]) == {split[0].name}:
-        problem = f"expected train/ and val/ in it, found {split[0].name}/ alone"
-        raise ValueError(f"{root}: {problem}; add the other, or read {split[0]}.")
-    in_part = found.groupby("part")["class"].agg(set)
-    if untrained := in_part[parts[-1]] - in_part[parts[0]]:
-        problem = f"holds classes that {parts[0]} lacks: {_some(sorted(untrained))}"
-        raise ValueError(f"{parts[-1]}: {problem}; a class must be trained to be tested.")
-    folders = sorted(in_part[parts[0]])
-    names = _class_names(names_path, folders) if names_path else dict(zip(folders, folders))
-    if taken := sorted({"image", *NOT_LABELS} & set(names.values())):
-        raise ValueError(f"{root}: {taken[0]!r} is the name of a column; rename that class.")
-    labels = pd.get_dummies(found["class"].map(names), dtype=float)[list(names.values())]
-    labels.insert(0, "image", [path.relative_to(root).as_posix() for path in found["image"]])
-    return labels
-
-
-def _class_images(part: Path) -> list[tuple[Path, str, Path]]:
-    """Return (part, class, path) of each image; refuses empty classes, tells of loose images."""
-    paths = [(path.relative_to(part).parts, path) for path in list_images(part)]
-    found = [(part, parts[0], path) for parts, path in paths if len(parts) > 1]
-    if not found:
-        raise ValueError(f"{part}: no images in class folders; expected {part}/<class>/*.jpg.")
-    folders = {p.name for p in part.iterdir() if p.is_dir() and p.name[0] != "."}
-    if empty := sorted(folders - {name for _, name, _ in found}):
-        fix = "add photos (links are not followed), or delete the folder if the class is not wanted"
-        empty = _some([part / name for name in empty])
-        raise ValueError(f"{empty}: a class folder without images; {fix}.")
-    loose = [path for parts, path in paths if len(parts) == 1]
-    if loose and part.name in ("train", "val"):  # elsewhere: photos that nobody sorted yet
-        problem = f"{len(loose)} images lie in no class folder and are left out"
-        warnings.warn(f"{part}: {problem}: {_some(loose)}.", stacklevel=3)
-    return found
-
-
-def _class_names(path: str | os.PathLike, folders: Sequence[str]) -> dict[str, str]:
-    """Return folder → its words up to the first comma; words of two classes get the folder too."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        expected = "expected a text file (UTF-8) with a line `folder words` per class"
-        raise ValueError(f"{path}: {expected}, {type(error).__name__}.") from None
-    longest = sorted(map(re.escape, folders), key=len, reverse=True)  # "sand dry" before "sand"
-    lines = re.findall(rf'(?m)^[ \t]*({"|".join(longest)})[ \t,;]+"?([^,\n]*)', text)
-    words = pd.DataFrame(lines, columns=["folder", "words"])
-    words["words"] = words["words"].str.strip(' \t"')
-    words = words[words["words"] != ""].drop_duplicates().set_index("folder")["words"]
-    if missing := [folder for folder in folders if folder not in words.index]:
-        fix = "add one `folder words` each, or give no names"
-        raise ValueError(f"{path}: no line with words for {_some(missing)}; {fix}.")
-    if several := words.index[words.index.duplicated()].tolist():
-        problem = f"lines that contradict each other for {_some(several)}"
-        raise ValueError(f"{path}: {problem}; keep one.")
-    words = words[list(folders)]
-    names = words.where(~words.duplicated(keep=False), words + " (" + words.index + ")")
-    if twice := names[names.duplicated()].tolist():
-        raise ValueError(f"{path}: two classes would be called {_some(twice)}; name one otherwise.")
-    return names.to_dict()
-
-
-def attach_images(
-    targets: pd.DataFrame,
-    image_dir: str | os.PathLike,
-    group_by: str | int = "panorama",
-    missing: str = "raise",
-) -> pd.DataFrame:
-    """Find the labelled images below a folder; return `image_path`, `group_id` and the labels.
-
-    `image` holds file names or paths below `image_dir`, with or without suffix.
-
-    Args:
-        group_by: "panorama" (both halves together), the number of leading folders that make a
-            group (1: site, 2: site and day), or the name of a column of `targets`.
-        missing: "raise", or "skip" to leave images out; `.attrs["missing"]` then lists them.
-    """
-    _check_choice("missing", missing, ("raise", "skip"))
-    paths = _find_images(targets["image"], Path(image_dir), missing)
-    found = targets.loc[paths.index]
-    groups = _group_ids(found, paths, group_by)
-    found = found.drop(columns=["image", group_by], errors="ignore")
-    found.insert(0, "image_path", paths.map(lambda p: (Path(image_dir) / p).as_posix()))
-    found.insert(1, "group_id", groups)
-    found = found.reset_index(drop=True)
-    found.attrs = {"missing": targets["image"].drop(paths.index).tolist()}
-    return found
-
-
-def _find_images(images: pd.Series, image_dir: Path, missing: str) -> pd.Series:
-    """Return the one file, relative to `image_dir`, that each image name fits."""
-    by_name: dict[str, list[Path]] = {}
-    for path in list_images(image_dir):
-        for name in {path.name, path.stem}:
-            by_name.setdefault(name, []).append(path.relative_to(image_dir))
-
-    def fitting(image: str) -> list[Path]:
-        folders = Path(image).parts[:-1]
-        found = by_name.get(Path(image).name, [])
-        return [p for p in found if p.parts[-len(folders) - 1 : -1] == folders]
-
-    matches = images.map(fitting)
-    if several := [f"{name} ({_some(m, 3)})" for name, m in zip(images, matches) if m[1:]]:
-        problem = f"{len(several)} image names fit several files, give paths below the folder"
-        raise ValueError(f"{image_dir}: {problem}: {_some(several)}.")
-    lost = images[matches.map(len) == 0].tolist()
-    if lost and (missing == "raise" or len(lost) == len(images)):
-        problem = f"{len(lost)} of {len(images)} labelled images are not there: {_some(lost)}"
-        fix = "Check the folder, or use missing='skip' to leave them out"
-        raise FileNotFoundError(f"{image_dir}: {problem}. {fix}.")
-    paths = matches[matches.map(len) == 1].str[0]
-    if paths.duplicated().any():
-        raise ValueError(f"{image_dir}: labelled twice: {_some(paths[paths.duplicated()])}.")
-    return paths
-
-
-def _group_ids(targets: pd.DataFrame, paths: pd.Series, group_by: str | int) -> pd.Series:
-    if group_by in targets.columns:
-        return targets[group_by].astype(str)
-    if group_by == "panorama":
-        return _panorama_groups(paths)
-    if not isinstance(group_by, int) or group_by < 1:
-        wanted = f"'panorama', a number of folders or a column of {_some(targets.columns)}"
-        raise ValueError(f"group_by={group_by!r}: expected {wanted}.")
-    if shallow := [p for p in paths if len(p.parts) <= group_by]:
-        problem = f"{len(shallow)} images lie less than {group_by} folders deep: {_some(shallow)}"
-        raise ValueError(f"group_by={group_by}: {problem}.")
-    return paths.map(lambda p: "/".join(p.parts[:group_by]))
-
-
-def _panorama_groups(paths: pd.Series) -> pd.Series:
-    """Return the panorama of each path, also where class folders lie between its two halves."""
-    panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
-    file = paths.map(lambda p: _without_suffix(p.name))
-    name = file.map(panorama_name)
-    # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
-    alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
-    return panorama.mask(alone & name.map(name[alone].value_counts()).eq(2), name)
 
 
 # ---------------------------------------------------------------- partition

@@ -9,10 +9,11 @@ from datetime import datetime
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import load_notebook_functions
 from PIL import ExifTags, Image
 
 import demo_360
-from data_utils import attach_images, panorama_name, read_labelbox, to_targets
+from data_utils import panorama_name, read_labelbox, to_targets
 from demo_360 import LABELS, draw_panorama, make_demo, plan_survey
 
 N_PANORAMAS = 24  # 48 halves are enough for every odd case of the export
@@ -372,7 +373,7 @@ def test_export_names_the_halves_that_the_split_will_write(demo, tmp_path):
             (tmp_path / below).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(tmp_path / below)
     targets = to_targets(read_labelbox(folder / "demo_360.ndjson", problematic="keep"))
-    found = attach_images(targets, tmp_path)
+    found = load_notebook_functions("partitioning").attach_images(targets, tmp_path)
     assert len(found) == 2 * N_PANORAMAS
     assert (found.groupby("group_id").size() == 2).all()
 

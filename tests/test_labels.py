@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_utils import (
-    attach_images,
     combine_halves,
     list_images,
-    read_class_folders,
     read_labelbox,
     read_partition,
     to_targets,
     write_partition,
 )
 
-read_csv_labels = load_notebook_functions("partitioning").read_csv_labels
+partitioning = load_notebook_functions("partitioning")
+attach_images = partitioning.attach_images
+read_class_folders = partitioning.read_class_folders
+read_csv_labels = partitioning.read_csv_labels
 NAN = float("nan")
 SURE, LIKELY, MAYBE = "1 - Definitely", "2 - Likely", "3 - Maybe"
 QUIET = settings(
@@ -955,6 +956,34 @@ def test_groups_by_panorama_by_folders_or_by_a_column(photos, group_by, expected
 def test_grouping_that_does_not_apply_is_refused(photos, group_by, message):
     with pytest.raises(ValueError, match=message):
         attach_images(labels_of(*ALL), photos, group_by=group_by)
+
+
+def test_class_folders_too_shallow_for_their_groups_are_refused(tmp_path):
+    put_images(tmp_path, "train/w01/a.jpg", "val/w01/Mere 4/b.jpg")
+    message = r"group_by=1: 1 images lie less than 1 folders deep below their class: train/w01/a"
+    with pytest.raises(ValueError, match=message):
+        attach_images(read_class_folders(tmp_path), tmp_path, 1, class_depth=2)
+
+
+@pytest.mark.parametrize(
+    ("group_by", "image", "group"),
+    [
+        (1, "train/w01/Mere 4/a_left.jpg", "Mere 4"),
+        (2, "val/w02/Mere/4/a.jpg", "Mere/4"),
+        (1, "train/w02/Mere 4/a_right.jpg", "Mere 4"),  # of another class
+        (1, "w02/Mere 4/a_right.jpg", "Mere 4"),
+    ],
+)
+def test_class_folders_are_grouped_across_classes(tmp_path, group_by, image, group):
+    start = image.split("/Mere")[0].replace("val", "train")
+    put_images(
+        tmp_path, image, f"{start}/Mere/4/b.jpg", f"{start.replace('train', 'val')}/a/b/c.jpg"
+    )
+    table = read_class_folders(tmp_path)
+    assert table.attrs["class_depth"] == image.split("/Mere")[0].count("/") + 1
+    found = attach_images(table, tmp_path, group_by, class_depth=table.attrs["class_depth"])
+    groups = dict(zip(found["image_path"], found["group_id"]))
+    assert groups[f"{tmp_path.as_posix()}/{image}"] == group
 
 
 def test_relative_image_folder_gives_relative_paths(photos, monkeypatch):

@@ -327,3 +327,19 @@ def test_parts_with_other_labels_are_refused(tmp_path):
     (tmp_path / "val_partition.csv").write_text("image_path,group_id,Tree,Lake\nx.jpg,c,1,0\n")
     with pytest.raises(ValueError, match="val_partition.csv: .* train_partition.csv: Lake"):
         load_parts(tmp_path)
+
+
+def test_given_test_photos_are_the_test_and_the_rest_is_drawn_as_ever():
+    df = draw_rows(60, seed=1)
+    labels = [c for c in df if c != "group_id"]
+    nobody = pd.Series(False, index=df.index)
+    own = notebook.split_beside(df, nobody, labels, seed=3)
+    for name, part in group_stratified_split(df, labels, seed=3).items():
+        pd.testing.assert_frame_equal(own[name], part)
+    held = df["group_id"].isin(df["group_id"].unique()[::6])
+    parts = notebook.split_beside(df, held, labels, ratios=(0.6, 0.2, 0.2), seed=3)
+    assert list(parts) == PARTS
+    pd.testing.assert_frame_equal(parts["test"], df[held])
+    pd.testing.assert_frame_equal(pd.concat(parts.values()).sort_index(), df)
+    assert len(parts["val"]) / (~held).sum() == pytest.approx(0.2, abs=0.02)
+    assert not set(parts["train"]["group_id"]) & set(parts["val"]["group_id"])

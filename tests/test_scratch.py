@@ -1,4 +1,4 @@
-"""What scratch.ipynb defines: two networks, the learning-rate finder, groups, a submission."""
+"""What scratch.ipynb defines: two networks, the learning-rate finder, a submission."""
 
 import numpy as np
 import pandas as pd
@@ -116,22 +116,3 @@ def test_submission_has_a_line_a_photo(nb, tmp_path):
     assert len(pd.read_csv(path)) == 2  # the old one stands
     nb.write_submission(path, ["a/1.jpg", "b/1.jpg"], ["sea", "bog"])  # a name twice
     assert pd.read_csv(path)["id"].tolist() == ["a/1.jpg", "b/1.jpg"]
-
-
-def test_class_folders_too_shallow_for_their_groups_are_refused(nb, monkeypatch):
-    monkeypatch.setattr(nb, "CLASS_GROUP_BY", 1)
-    with pytest.raises(ValueError, match=r"a\.jpg does not lie in 1 folders below its class; set"):
-        nb.group_of("train/w01/a.jpg")
-
-
-@pytest.mark.parametrize(
-    ("group_by", "image", "group"),
-    [
-        (1, "train/w01/Mere 4/a_left.jpg", "Mere 4"),
-        (2, "val/w02/Mere/4/a.jpg", "Mere/4"),
-        (1, "train/w02/Mere 4/a_right.jpg", "Mere 4"),  # of another class
-    ],
-)
-def test_class_folders_are_grouped_across_classes(nb, monkeypatch, group_by, image, group):
-    monkeypatch.setattr(nb, "CLASS_GROUP_BY", group_by)
-    assert nb.group_of(image) == group

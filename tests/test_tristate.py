@@ -73,7 +73,7 @@ def test_empty_list_in_a_csv_is_no_list_of_absent_labels(tmp_path):
 
 def test_class_folders_say_nothing_about_a_half_that_is_in_none(tmp_path):
     put_images(tmp_path, "fen/A_left.jpg", "sea/B_left.jpg", "sea/B_right.jpg", "fen/C_left.jpg")
-    targets = du.read_class_folders(tmp_path)
+    targets = partitioning.read_class_folders(tmp_path)
     targets["image"] = targets["image"].str.split("/").str[1]
     whole = du.combine_halves(targets).set_index("image")
     # fen: A 1, C 1, B 0 by both halves. sea: B 1, A and C by one half only, so unknown
@@ -92,7 +92,7 @@ def test_halves_of_which_one_is_unknown_do_not_lower_the_mean():
 def test_attached_images_keep_what_is_unknown(tmp_path):
     put_images(tmp_path, "x/a.jpg", "x/b.jpg", "y/c.jpg", "y/d.jpg")
     targets = pd.DataFrame({"image": list("abcde"), "Sun": [1, NAN, NAN, 0, NAN]})
-    df = du.attach_images(targets, tmp_path, group_by=1, missing="skip")
+    df = partitioning.attach_images(targets, tmp_path, group_by=1, missing="skip")
     # x: 1 of 1 (as absent 1 of 2), y: 0 of 1; both: 1 of 2 (as absent 1 of 4)
     assert df.groupby("group_id")["Sun"].mean().tolist() == [1, 0]
     assert df["Sun"].mean() == 1 / 2
@@ -358,7 +358,7 @@ def test_six_photos_from_the_export_to_the_thresholds(write_ndjson, tmp_path):
     assert targets[["Sun", "Sea"]].mean().tolist() == pytest.approx([2 / 4, 1 / 3])  # 2/6, 1/6
 
     put_images(tmp_path, *(f"{image}.jpg" for image in "ABCDEF"))
-    du.write_partition(du.attach_images(targets, tmp_path), tmp_path / "val.csv")
+    du.write_partition(partitioning.attach_images(targets, tmp_path), tmp_path / "val.csv")
     df, labels = du.read_partition(tmp_path / "val.csv")
     found = partitioning.label_distribution({"val": df}, labels)
     assert found[["present", "absent", "unknown"]].values.tolist() == [[2, 2, 2], [1, 2, 3]]
