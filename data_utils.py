@@ -588,14 +588,10 @@ def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
 
 
 def open_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
-    """Open an image upright and as 8-bit RGB: CMYK, 16-bit, grey, transparent (on white) ones too.
+    """Return a path, PIL image or array (H, W, 3) as an upright image of 8-bit RGB.
 
-    A path that is missing, truncated or no image raises an OSError that names it.
-
-    Args:
-        image: a path, or a PIL image or an array (H, W, 3), which are opened already.
-        size: height and width in pixels that are wanted at least. A JPEG is then decoded at 1/2,
-            1/4 or 1/8 of its size where that still is enough.
+    Where `size` (height, width) is enough, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size. A file
+    that is missing, truncated or no image is named by an OSError.
     """
     if not isinstance(image, (str, os.PathLike)):
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
@@ -640,17 +636,13 @@ class RandomHorizontalRoll(v2.Transform):
 
 
 class RandomSqueezedCrop(v2.RandomResizedCrop):
-    """Squeeze a random part of a photo as the whole photo is squeezed at test time.
-
-    `RandomResizedCrop` cuts shapes around a square, which of a 3:2 photo testing never shows. Here
-    the part is at most a third wider or narrower than the photo's own shape.
-    """
+    """Cut shapes around the photo's own, not around a square: testing squeezes whole photos."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.functional.get_size(flat_inputs[0])
         area, shape, top, left = torch.rand(4).tolist()
         area = self.scale[0] + area * (self.scale[1] - self.scale[0])
-        widest = min(np.log(4 / 3), -np.log(area))  # no wider than the photo
+        widest = min(np.log(4 / 3), -np.log(area))  # by a third at most, no wider than the photo
         shape = np.exp((2 * shape - 1) * widest)
         h, w = round(height * (area / shape) ** 0.5), round(width * (area * shape) ** 0.5)
         box = {"top": round(top * (height - h)), "left": round(left * (width - w))}
@@ -695,8 +687,8 @@ def make_transforms(
 
 def _rand_augment(settings: str, config: dict) -> list[Callable]:
     """Return RandAugment, which works on PIL images; what it moves in from outside is grey."""
-    reach = {"translate_const": int(0.45 * min(config["input_size"][1:]))}
-    reach["img_mean"] = tuple(round(255 * value) for value in config["mean"])
+    grey = tuple(round(255 * value) for value in config["mean"])
+    reach = {"translate_const": int(0.45 * min(config["input_size"][1:])), "img_mean": grey}
     known = r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-tweights)*"
     if not re.fullmatch(known, settings):  # timm passes over what it does not know
         raise ValueError(f"rand_augment={settings!r}: expected e.g. 'rand-m9-n2-mstd0.5'.")
@@ -715,10 +707,8 @@ def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
 class DataPartition(Dataset):
     """The images (3, H, W) and targets (L,), float32 with NaN for unknown, of a partition.
 
-    Args:
-        df: `image_path` and the label columns, whose order is the order of the targets.
-        transform: PIL image → tensor. JPEGs are decoded no larger than its resizing step needs.
-        cache_dir: keeps decoded, shrunk copies there, so that no photo is decoded twice.
+    JPEGs are decoded no larger than the resizing step of `transform` (PIL image → tensor) needs;
+    `cache_dir` keeps the decoded, shrunk copies, so that no photo is decoded twice.
     """
 
     def __init__(
@@ -794,17 +784,14 @@ class TriStateMixup(Mixup):
 def make_loader(
     dataset: Dataset, batch_size: int, train: bool = False, num_workers: int = 0, seed: int = 42
 ) -> DataLoader:
-    """Return a DataLoader whose order and workers' random numbers follow from `seed`.
-
-    Workers start anew each epoch, so each gets torch, numpy and python seeds of its own, drawn
-    from the generator; that is the same in all processes of a launched run: the rank is added.
-    """
+    """Return a DataLoader whose order and whose workers' random numbers follow from `seed`."""
     options = {"shuffle": train, "num_workers": num_workers, "worker_init_fn": _seed_by_rank}
     options |= {"generator": torch.Generator().manual_seed(seed)}
     return DataLoader(dataset, batch_size, pin_memory=torch.cuda.is_available(), **options)
 
 
 def _seed_by_rank(worker: int) -> None:
+    """PyTorch seeds workers from the loader's generator, the same in all launched processes."""
     rank = int(os.environ.get("RANK", 0))  # as set by accelerate launch and torchrun
     if rank:
         seed = (torch.initial_seed() + 1_000_003 * rank) % 2**32
@@ -2100,11 +2087,7 @@ class Trainer:
 
 
 def _average_precision(targets: Array, probs: Array, weights: Array) -> Array:
-    """Return AP = Σ (R_k - R_{k-1}) P_k for each row of weights and label, (R, L).
-
-    As sklearn.metrics.average_precision_score with sample_weight, for all weights at once.
-    NaN for a label without positives.
-    """
+    """Return sklearn's average_precision_score for each row of weights and label, (R, L)."""
     result = np.full((len(weights), targets.shape[1]), np.nan)
     for label in np.flatnonzero((targets >= 0.5).any(0)):
         known = ~np.isnan(targets[:, label])
@@ -2232,9 +2215,8 @@ def compare_scores(
     n_bootstrap: int = 500,
     seed: int = 42,
 ) -> pd.DataFrame:
-    """Compare the AP of two models, line by line of `score_labels` and for the mAP.
+    """Compare the AP of two models on the same bootstrap samples, so that what they share cancels.
 
-    Both see the same bootstrap samples: what is common to them cancels in low and high (95 %).
     `probs` and `baseline` may be (S, N, L), of S trainings whose scores are averaged.
     """
     if "mAP" in label_columns:
@@ -2345,10 +2327,7 @@ def find_optimal_thresholds(
 def to_panorama_level(
     df: pd.DataFrame, label_columns: Sequence[str], probs: Array
 ) -> tuple[Array, Array]:
-    """Combine halves to panoramas, in order of first appearance.
-
-    Returns targets (P, L) as `combine_halves`, and the higher probability of both halves (P, L).
-    """
+    """Return the targets of `combine_halves` and the higher probability of both halves, (P, L)."""
     images, labels = df["image_path"].rename("image"), list(label_columns)
     targets = combine_halves(pd.concat([images, df[labels]], axis=1))
     panorama = images.map(panorama_name).to_numpy()
@@ -2361,7 +2340,7 @@ def to_panorama_level(
 
 @dataclass
 class _Views(Dataset):
-    """Images, paths or arrays as (V, 3, H, W): the views a model sees; names; what went wrong."""
+    """Images, paths or arrays as the views (V, 3, H, W) of a model, their names, what is wrong."""
 
     images: Sequence[Any]
     transform: Callable
@@ -2414,10 +2393,7 @@ class Classifier:
         self.transform = make_transforms(model, train=False)
 
     def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
-        """Write model.safetensors and best_classifier.json (with the validation scores `metrics`).
-
-        In a script of several processes, call it in the main one only.
-        """
+        """Write model.safetensors and best_classifier.json; of several processes in one only."""
         weights, path = Path(run_dir) / WEIGHTS, Path(run_dir) / "best_classifier.json"
         content = {"format_version": FORMAT_VERSION, **self.model.spec, **self.model.data_config}
         content |= {name: getattr(self, name) for name in ("labels", "view", "activation", "flip")}
@@ -2438,11 +2414,7 @@ class Classifier:
         mode: str = "shrunk",
         **options: Any,
     ) -> "Classifier":
-        """Make a classifier with the thresholds that have the best F1 on validation.
-
-        `probs` (N, L) is what `model` says about `val_set`, `mode` is that of
-        `find_optimal_thresholds`, the options are activation and flip.
-        """
+        """Take the thresholds with the best F1 of `probs` (N, L) on validation."""
         labels, options = val_set.label_columns, {"view": view, **options}
         if options.get("activation", "sigmoid") != "sigmoid":
             return cls(model, labels, **options)
@@ -2458,11 +2430,7 @@ class Classifier:
 
     @classmethod
     def load(cls, path: str | os.PathLike, labels: Sequence[str] | None = None) -> "Classifier":
-        """Load best_classifier.json and the weights beside it; safe with files from strangers.
-
-        `labels` are those it must have, in this order; None takes what it has. What is missing, no
-        such file, or not what the file names is refused in one sentence.
-        """
+        """Load a best_classifier.json with these labels (None: any); safe with strangers' files."""
         path = _need_file(path, "run training.ipynb to make it")
         try:
             content = {"flip": False} | json.loads(path.read_text(encoding="utf-8"))
@@ -2486,8 +2454,9 @@ class Classifier:
             classifier = cls(model, **{name: content[name] for name in names})
         except Exception as error:  # a stranger's values may fail anywhere inside timm
             raise ValueError(f"{path}: no model can be made of it ({error}).") from None
+        read = safetensors.torch.load if content["format_version"] >= 3 else _read_pickled
         try:
-            model.load_state_dict(_parse_weights(stored, content["format_version"]))
+            model.load_state_dict(read(stored))
         except Exception as error:
             fit = f"does not fit {content['model_name']}, or is no plain state dict"
             raise ValueError(f"{weights}: {fit} ({type(error).__name__}).") from None
@@ -2535,9 +2504,8 @@ class Classifier:
     ) -> pd.DataFrame:
         """Classify whole 2:1 panoramas, as `predict`, with a column part.
 
-        A model of halves answers for "left", "right" and "panorama": there the higher probability
-        of both halves counts, and thresholds that were tuned for panoramas (of classes that exclude
-        each other, the mean of both halves). A model of panoramas answers once.
+        A model of halves answers for "left", "right" and "panorama": the higher probability of both
+        (softmax: the mean) against thresholds that were tuned for panoramas.
         """
         return self.predict(images, batch_size, *options, panorama=True, **named)
 
@@ -2578,9 +2546,7 @@ class Classifier:
         return np.concatenate(list(maps * strength[:, None, None]), axis=1)
 
 
-def _parse_weights(stored: bytes, format_version: int) -> dict[str, torch.Tensor]:
-    if format_version >= 3:
-        return safetensors.torch.load(stored)
+def _read_pickled(stored: bytes) -> dict[str, torch.Tensor]:
     return torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
 
 
@@ -2607,37 +2573,39 @@ def _check_labels(path: Path, found: list[str], wanted: list[str]) -> None:
 
 def _check_description(content: dict) -> None:
     """Refuse a best_classifier.json that is broken or would reach outside its folder."""
-
-    def need(is_right: bool, problem: str) -> None:
-        if not is_right:
-            raise ValueError(problem)
-
     version, newest = content["format_version"], FORMAT_VERSION
-    need(version in range(1, newest + 1), f"format_version {version}, expected 1 to {newest}.")
+    if version not in range(1, newest + 1):
+        raise ValueError(f"format_version {version}, expected 1 to {newest}.")
     kinds = {str: "model_name head weights sha256 view activation interpolation", bool: "flip"}
     kinds |= {list: "labels img_size thresholds panorama_thresholds mean std", int: "num_labels"}
     kinds |= {dict: "model_kwargs head_kwargs"}
     for kind, key in ((kind, key) for kind, keys in kinds.items() for key in keys.split()):
-        need(isinstance(content.get(key), kind), f"{key} is missing or no {kind.__name__}.")
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"{key} is missing or no {kind.__name__}.")
     name, weights, labels = (content[key] for key in ("model_name", "weights", "labels"))
-    is_inside = Path(weights).name == weights and "\\" not in weights
-    need(is_inside, "weights must be a file name beside it, not a path.")
-    need(timm.is_model(name), f"timm has no model {name!r}.")
-    need(len(labels) == content["num_labels"], f"{len(labels)} labels, but num_labels is another.")
-    are_texts = all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels)
-    need(are_texts, "labels should be different texts.")
+    texts = {label for label in labels if isinstance(label, str)}
     numbers = [v for k in ("thresholds", "panorama_thresholds", "mean", "std") for v in content[k]]
     finite = all(type(v) in (int, float) and np.isfinite(v) for v in numbers)
-    need(finite, "thresholds, panorama_thresholds, mean and std should be numbers.")
-    is_rgb = len(content["mean"]) == len(content["std"]) == 3 and min(content["std"]) > 0
-    need(is_rgb, "mean and std should be three numbers, std above 0.")
+    rgb = len(content["mean"]) == len(content["std"]) == 3
     sizes = [v for k, v in content["head_kwargs"].items() if k not in ("lam", "dropout")]
-    fits = all(v is None or type(v) is int and 0 < v <= 16_384 for v in sizes)
-    need(fits, "head_kwargs should be whole numbers from 1 to 16384.")
     reaching = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
     reaching |= {"name", "pretrained", "num_labels", "head", "img_size", "features_only"}
     reaching &= content["model_kwargs"].keys() | content["head_kwargs"].keys()
-    need(not reaching, f"model_kwargs may not hold {_some(sorted(reaching))}.")
+    rules = {
+        "weights must be a file name beside it": Path(weights).name == weights.replace("\\", "/"),
+        f"timm has no model {name!r}": timm.is_model(name),
+        f"{len(labels)} labels are not num_labels": len(labels) == content["num_labels"],
+        "labels should be different texts": len(texts) == len(labels),
+        "thresholds, mean and std should be numbers": finite,
+        "mean and std should be three, std above 0": rgb and finite and min(content["std"]) > 0,
+        "head_kwargs should be whole numbers from 1 to 16384": all(
+            v is None or type(v) is int and 0 < v <= 16_384 for v in sizes
+        ),
+        f"model_kwargs may not hold {_some(sorted(reaching))}": not reaching,
+    }
+    problem = next((problem for problem, is_met in rules.items() if not is_met), None)
+    if problem:
+        raise ValueError(f"{problem}.")
 
 
 # ---------------------------------------------------------------- plots
@@ -2652,12 +2620,10 @@ def show_images(
     std: Sequence[float] | None = None,
     bar: str = "",
 ) -> plt.Figure:
-    """Draw images (paths, PIL, arrays or tensors) in a grid `columns` wide.
+    """Draw images (paths, PIL, arrays or tensors), each `width` inches wide, in a grid.
 
-    Args:
-        width: inches per image; titles are broken into lines of that width.
-        mean, std: of normalised tensors (3, H, W), which are drawn as `x * std + mean`.
-        bar: what a colour bar beside heat maps says, see `overlay_heat_map`.
+    Normalised tensors (3, H, W) are drawn as `x * std + mean`. `bar` names a colour bar of heat
+    maps, see `overlay_heat_map`.
     """
     pictures = [_as_picture(image, mean, std) for image in images]
     lines = [str(title).splitlines() for title in titles or [""] * len(pictures)]
