@@ -2,20 +2,25 @@
 
 python tests/run_notebooks.py                 all of them, into runs/report/index.html
 python tests/run_notebooks.py training csra   only these; what they read must be there already
+python tests/run_notebooks.py --pictures      run nothing; docs/ gets the figures of cells that
+                                              are tagged "picture" or "overview", as they are now
 """
 
 import argparse
+import base64
 import html
+import io
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
+from PIL import Image
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,15 +41,37 @@ STYLE = """body {font: 16px sans-serif; max-width: 60em; margin: 2em auto; paddi
 li {margin: 1.5em 0} img {display: block; max-width: 24em; max-height: 14em; margin-top: 0.5em}"""
 
 
+def pictures(cell: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
+    """Yield the type and the base64 text of each picture among the outputs of a cell."""
+    for output in cell.get("outputs", []):
+        for kind in ("image/png", "image/jpeg"):
+            if data := output.get("data", {}).get(kind):
+                yield kind, "".join(data.split())
+
+
 def first_picture(notebook: nbformat.NotebookNode) -> str:
     """Return an <img> of the first picture among the outputs, or nothing."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            for kind in ("image/png", "image/jpeg"):
-                data = output.get("data", {}).get(kind)
-                if data:
-                    return f'<img alt="" src="data:{kind};base64,{"".join(data.split())}">'
+    for kind, data in (found for cell in notebook.cells for found in pictures(cell)):
+        return f'<img alt="" src="data:{kind};base64,{data}">'
     return ""
+
+
+def keep_pictures(root: Path, names: Sequence[str], most_bytes: int = 60_000) -> list[Path]:
+    """Write the figure of each tagged cell to docs/, small enough for a README."""
+    kept = []
+    for name in names:
+        for cell in nbformat.read(root / f"{name}.ipynb", as_version=4).cells:
+            tags = set(cell.metadata.get("tags", [])) & {"picture", "overview"}
+            for tag, (_, data) in zip(tags, pictures(cell)):
+                image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+                image.thumbnail((1100, 1100))
+                path = root / "docs" / f"{tag if tag == 'overview' else name}.jpg"
+                for quality in range(90, 30, -5):
+                    image.save(path, quality=quality, optimize=True)
+                    if path.stat().st_size <= most_bytes:
+                        break
+                kept.append(path)
+    return kept
 
 
 def entry(name: str, notebook: nbformat.NotebookNode, state: str) -> str:
@@ -87,11 +114,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=NOTEBOOKS, help="in the order to run")
     parser.add_argument("--to", type=Path, default=ROOT / "runs" / "report", help="folder")
+    parser.add_argument("--pictures", action="store_true", help="only write those of docs/")
     arguments = parser.parse_args()
     names = [name.removesuffix(".ipynb") for name in arguments.names]
     unknown = [name for name in names if name not in NOTEBOOKS]
     if unknown:
         parser.error(f"no notebook {', '.join(unknown)}; expected some of {', '.join(NOTEBOOKS)}")
+    if arguments.pictures:
+        print(*keep_pictures(ROOT, names), sep="\n")
+        return 0
     failed = run(arguments.to, ROOT, names)
     print(f"Open {arguments.to / 'index.html'} in a browser.")
     return 1 if failed else 0
