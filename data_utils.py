@@ -493,13 +493,10 @@ def make_transforms(
 ) -> v2.Compose:
     """Return PIL image → normalised float tensor (3, H, W) of the size that `model` takes.
 
-    The whole picture is squeezed, never cropped at its centre: labels may lie anywhere.
-
-    Args:
-        crop_scale: share of the picture that a random crop keeps; a small one may cut a label off.
-        rand_augment: timm's RandAugment (arXiv 1909.13719) in the place of the colour jitter, e.g.
-            "rand-m9-n2-mstd0.5": two operations of magnitude 9.
-        random_erasing: probability that a rectangle becomes noise (arXiv 1708.04896).
+    The whole picture is squeezed, never cropped at its centre: labels may lie anywhere. For
+    training, a random crop keeps `crop_scale` of it; `rand_augment` (arXiv 1909.13719, e.g.
+    "rand-m9-n2-mstd0.5") takes the place of the colour jitter; a rectangle becomes noise
+    (arXiv 1708.04896) with the probability `random_erasing`.
     """
     _check_choice("view", view, VIEWS)
     if not 0 <= random_erasing <= 1:
@@ -510,9 +507,8 @@ def make_transforms(
     if train:
         steps[1:] = [RandomHorizontalRoll(view)] if view == "panorama" else []
         steps += [RandomSqueezedCrop(size, crop_scale, interpolation=mode)]
-        steps += [v2.RandomHorizontalFlip()]
-        augment = _rand_augment(rand_augment, config) if rand_augment else None
-        steps += augment or [v2.ColorJitter(0.2, 0.2, 0.2)]
+        colours = [] if rand_augment else [v2.ColorJitter(0.2, 0.2, 0.2)]
+        steps += [v2.RandomHorizontalFlip(), *(colours or _rand_augment(rand_augment, config))]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
     if train and random_erasing:
         steps += [RandomErasing(random_erasing, mode="pixel", device="cpu")]
@@ -588,9 +584,7 @@ class DataPartition(Dataset):
 class FeatureSet(TensorDataset):
     """Features (N, ...) instead of photos: trains a head alone, goes where DataPartition goes."""
 
-    def __init__(
-        self, features: torch.Tensor, targets: np.ndarray, label_columns: Sequence[str]
-    ) -> None:
+    def __init__(self, features: torch.Tensor, targets: Array, label_columns: Sequence[str]):
         if len(features) != len(targets):
             raise ValueError(f"{len(features)} features and {len(targets)} rows of targets.")
         self.features, self.label_columns = features, list(label_columns)
@@ -599,10 +593,7 @@ class FeatureSet(TensorDataset):
 
 
 class TriStateMixup(Mixup):
-    """timm's MixUp/CutMix for multi-hot targets in which unknown cells (NaN) stay unknown.
-
-    A mixed cell is unknown if one of the two images contributes an unknown cell with weight > 0.
-    """
+    """timm's MixUp/CutMix; a cell is unknown (NaN) where an image contributes an unknown one."""
 
     def __init__(self, num_labels: int, mixup_alpha: float, cutmix_alpha: float) -> None:
         dense = {"num_classes": 2 * num_labels, "multi_label": True, "label_smoothing": 0.0}
@@ -647,10 +638,7 @@ def _patches(images: torch.Tensor, side: int = 6) -> torch.Tensor:
 def patch_features(
     paths: Sequence[str | os.PathLike], n_components: int = 128, seed: int = 42
 ) -> torch.Tensor:
-    """Describe images (N, D) by whitened patches of themselves (Coates et al., AISTATS 2011).
-
-    No label and no pretrained weights. D is `n_components`, at most N; the first has variance 1.
-    """
+    """Describe images (N, D ≤ N) by patches of themselves (Coates et al., AISTATS 2011)."""
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} images: patch_features compares images, give two or more.")
     squeeze = v2.Compose([v2.Resize((64, 64)), v2.PILToTensor(), v2.ToDtype(torch.float, True)])
@@ -723,12 +711,10 @@ class CSRA(nn.Module):
     """Class-specific residual attention (Zhu & Wu, ICCV 2021, arXiv 2108.02456).
 
     With scores s = x·w / ‖w‖ at every position, a label's logit is mean(s) + λ Σ softmax(T s) s,
-    summed over heads, each with weights and a temperature T of its own; T = 99 stands for the
-    maximum. Published weights (`multi_head.{i}.head.weight`) load.
+    summed over heads, each with weights and a temperature T of its own; T = 99 is the maximum.
     """
 
-    TEMPERATURES = {1: [1], 2: [1, 99], 4: [1, 2, 4, 99], 6: [1, 2, 3, 4, 5, 99]}
-    TEMPERATURES[8] = [1, 2, 3, 4, 5, 6, 7, 99]
+    TEMPERATURES = {1: [1], 2: [1, 99], 4: [1, 2, 4, 99]} | {n: [*range(1, n), 99] for n in (6, 8)}
 
     def __init__(self, num_features: int, num_labels: int, heads: int = 1, lam: float = 0.1):
         super().__init__()
@@ -811,8 +797,8 @@ class MLDecoder(nn.Module):
         super().__init__()
         groups = min(100, num_labels) if num_of_groups is None else num_of_groups
         if not 1 <= groups <= num_labels:
-            limits = f"expected 1 to {num_labels}, the number of labels, or None"
-            raise ValueError(f"num_of_groups={num_of_groups}: {limits}.")
+            expected = f"expected 1 to {num_labels}, the number of labels, or None"
+            raise ValueError(f"num_of_groups={num_of_groups}: {expected}.")
         if decoder_embedding < 8 or decoder_embedding % 8:
             raise ValueError(f"decoder_embedding={decoder_embedding}: expected a multiple of 8.")
         self.num_labels, self.labels_per_group = num_labels, -(-num_labels // groups)
@@ -857,8 +843,7 @@ def _head_options(head: str) -> set[str]:
 def feature_map(model: nn.Module, features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Return unpooled features of any timm model as a map (B, C, h, w).
 
-    `size`, height and width of the images, says in which grid tokens (B, N, C) stand; ValueError
-    where they stand in none, or the features are pooled.
+    `size`, height and width of the images, says in which grid tokens (B, N, C) stand.
     """
     found = features
     if features.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
@@ -907,15 +892,11 @@ def build_model(
     `.data_config` says how to prepare images, `.spec` how to build it again.
 
     Args:
-        head: "linear", "csra" or "mldecoder".
         pretrained: True (Hugging Face hub), False (random weights) or a weight file. A JSON of the
             same name beside it may hold "pretrained_window_sizes", which SwinV2 must know.
         img_size: input height and width in pixels; None is the model's own.
         head_bias: the logits that the head starts from (L,), see `base_rate_logits`; None: zeros.
         **kwargs: options of `CSRA` or `MLDecoder` go to the head, all else to timm.
-
-    Raises:
-        ValueError: something does not exist or does not fit; RuntimeError: no weights from the hub.
     """
     _check_choice("head", head, HEADS)
     if not timm.is_model(name):
@@ -1011,11 +992,7 @@ def _last_layers(model):
 
 @torch.no_grad()
 def _start_head(model, bias):
-    """Make the first logits nearly `bias`: large ones would tear up the pretrained features.
-
-    timm starts some families (EfficientNet, MobileNet, MNASNet) with weights that grow as labels
-    get fewer: 16 times as large as `nn.Linear`'s for 5 labels.
-    """
+    """Make the first logits nearly `bias`: large ones would tear up the pretrained features."""
     head, bias = getattr(model, "head", None), torch.as_tensor(bias, dtype=torch.float32)
     if isinstance(head, CSRA):  # of its weights only the directions count
         head.bias.copy_(bias)
@@ -1023,21 +1000,20 @@ def _start_head(model, bias):
         head.decoder.duplicate_pooling.mul_(0.4)
         head.decoder.duplicate_pooling_bias.copy_(bias)
     else:
-        for layer in _last_layers(model):
+        for layer in _last_layers(model):  # timm's start of EfficientNet is 16 times as large
             nn.init.trunc_normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
             if layer.bias is not None:
                 layer.bias.copy_(bias)
 
 
 def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray:
-    """Return the logit of each label's share among its known cells (N, L), NaN unknown: (L,).
+    """Return the logit (`exclusive`: log, for a softmax) of each label's rate in known cells, (L,).
 
-    A head that starts there has no loss to lose by learning the rates. They are clipped to half a
-    photo more than none and less than all. `exclusive` classes: logarithms, for a softmax.
+    A head that starts there has no loss to lose by learning the rates.
     """
-    known = (~np.isnan(targets)).sum(0)
-    least = 0.5 / np.maximum(known, 1)
-    rates = (np.nansum(targets, 0) / np.maximum(known, 1)).clip(least, 1 - least)
+    known = (~np.isnan(targets)).sum(0).clip(1)
+    rates = np.nansum(targets, 0) / known
+    rates = rates.clip(0.5 / known, 1 - 0.5 / known)  # half a photo more than none, less than all
     return np.log(rates) if exclusive else np.log(rates / (1 - rates))
 
 
@@ -1080,10 +1056,9 @@ def _load_file(model, name, path, rename):
         missing = model.load_state_dict(state, strict=False).missing_keys
     except Exception as error:
         raise ValueError(f"{path}: not a state dict that is safe to load ({error}).") from None
-    layers = _last_layers(model)
-    new = tuple(f"{n}." for n, m in model.named_modules() if any(m is h for h in layers))
-    old_torch = "num_batches_tracked"  # which its files lack
-    lost = [k for k in missing if not (k.startswith(new) or k.endswith(old_torch))]
+    new = tuple(f"{n}." for n, m in model.named_modules() if m in _last_layers(model))
+    lost = [k for k in missing if not k.startswith(new)]
+    lost = [k for k in lost if not k.endswith("num_batches_tracked")]  # files of old torch lack it
     if lost:
         problem = f"lacks {len(lost)} of {len(own)} weights of {name} in its shape: {_some(lost)}"
         raise ValueError(f"{path}: {problem}.")
@@ -1095,8 +1070,7 @@ def _resize_wide_positions(state, model):
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if own is None or grid is None or getattr(table, "ndim", 0) != 3 or table.shape == own.shape:
         return state
-    is_alone = getattr(model, "no_embed_class", False)
-    prefix = 0 if is_alone else getattr(model, "num_prefix_tokens", 0)
+    prefix = own.shape[1] - grid[0] * grid[1]  # tokens that stand nowhere in the image
     height = round((max(table.shape[1] - prefix, 0) / 2) ** 0.5)
     if 2 * height**2 != table.shape[1] - prefix:
         return state
@@ -1129,10 +1103,8 @@ def extract_features(
 ) -> torch.Tensor:
     """Return the feature map of every image, (N, C, h, w); a head learns from it in seconds.
 
-    Args:
-        pooled: (N, C) instead, what the last layer of a linear head sees; a part of the memory.
-        cache_dir: keeps them there, and reads them when the photos (name, size, time), the weights
-            and the preparation are the same.
+    `pooled` is what the last layer of a linear head sees, (N, C). `cache_dir` keeps them for the
+    same photos (name, size, time), weights and preparation.
     """
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
@@ -1202,27 +1174,19 @@ def _log_loss(logits, y, exclusive):
 
 
 def fit_probe(
-    features: torch.Tensor,
-    targets: np.ndarray,
-    groups: Sequence | None = None,
-    n_folds: int = 5,
-    exclusive: bool = False,
-    seed: int = 42,
+    features: torch.Tensor, targets: Array, groups: Groups = None, exclusive: bool = False
 ) -> tuple[nn.Linear, pd.Series]:
-    """Fit one logistic regression per label on features (N, C) of a frozen backbone.
+    """Fit one logistic regression per label (`exclusive`: one softmax) on features (N, C).
 
-    How strongly they are held back (one strength for all) is chosen by the log loss on groups left
-    out in turn. Targets (N, L) are NaN where unknown; `exclusive` classes get one softmax.
-
-    Returns:
-        The layer, features (B, C) → logits (B, L), and the log loss of each strength.
+    Returns the layer, features (B, C) → logits (B, L), and the log loss of each strength on groups
+    left out in turn, by which one strength for all labels is chosen.
     """
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
     y = torch.as_tensor(np.asarray(targets), dtype=torch.float32)
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     x, losses, folds = (features - mean) / std, [], []  # no folds: the strongest penalty
-    if (n_folds := min(n_folds, len(set(groups)))) > 1:
-        splitter = GroupKFold(n_folds, shuffle=True, random_state=seed)
+    if (n_folds := min(5, len(set(groups)))) > 1:
+        splitter = GroupKFold(n_folds, shuffle=True, random_state=42)
         folds = list(splitter.split(x, groups=groups))
     for strength in PROBE_STRENGTHS:
         total = 0.0
@@ -1251,15 +1215,12 @@ def use_probe(model: nn.Module, probe: nn.Linear) -> None:
 
 
 def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Tensor:
-    """Return the head's attention for a label (B, h, w), for a linear head the activation map.
-
-    That is the logit each position would have alone (Zhou et al., CVPR 2016, arXiv 1512.04150).
-    """
+    """Return a label's attention (B, h, w), for a linear head its map of arXiv 1512.04150."""
     features = model.forward_features(images)
     if isinstance(model, _HeadedModel):
         return model.head.attention(features)[:, label].unflatten(1, features.shape[2:]).float()
     found = feature_map(model, features, images.shape[2:])
-    alone = found.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C)
+    alone = found.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C): each position as an image
     if features.ndim == 3:  # in the place of the class tokens, too
         n_tokens = 1 + features.shape[1] - found[0, 0].numel()
         alone = alone[:, None].expand(-1, n_tokens, -1)
@@ -1946,10 +1907,9 @@ def _replicates(
         scores["micro F1"] = 2 * tp.sum(1) / (2 * tp + fp + fn).sum(1)
         scores["Hamming loss"] = weights @ wrong.sum(1) / (weights @ known.sum(1))
         scores["exact match"] = weights @ (judged & ~wrong.any(1)) / (weights @ judged)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # labels that no bootstrap sample shows
-        means = {"mAP": np.nanmean(scores["AP"], 1), "macro F1": np.nanmean(scores["F1"], 1)}
-    return scores | means
+    for mean, name in (("mAP", "AP"), ("macro F1", "F1")):  # of labels that a sample shows
+        scores[mean] = np.ma.masked_invalid(scores[name]).mean(1).filled(np.nan)
+    return scores
 
 
 def _interval(values: Array, level: float = 0.95) -> tuple[Array, Array]:
@@ -1972,10 +1932,8 @@ def score_labels(
 
     Args:
         targets, probs: (N, L); NaN targets are unknown, soft ones count as present from 0.5.
-        thresholds: present means prob >= threshold; one for all or one per label. "argmax": the
-            most probable class is present, for classes that exclude each other.
+        thresholds: one for all or one per label; "argmax" for classes that exclude each other.
         groups: (N,), what the bootstrap behind the 95 % intervals draws whole; None draws rows.
-        n_bootstrap: number of its samples; 0 for no intervals.
     """
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
@@ -1996,17 +1954,12 @@ def summarize_scores(
     n_bootstrap: int = 500,
     seed: int = 42,
 ) -> pd.DataFrame:
-    """Score all labels together, see `score_labels`.
-
-    Hamming loss is the share of wrong cells, exact match of images whose known cells are all right
-    (with "argmax": the top-1 accuracy).
-    """
+    """Score all labels together, see `score_labels`; with "argmax", exact match is top-1."""
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     names = ["mAP", "macro F1", "micro F1", "Hamming loss", "exact match"]
-    rows = {name: (scores[name][0], *_interval(scores[name])) for name in names}
-    table = pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high"])
-    n_judged, n_labels = int(np.isfinite(scores["AP"][0]).sum()), targets.shape[1]
-    return table.assign(labels=f"{n_judged} of {n_labels}").rename_axis("score")
+    rows = [(scores[name][0], *_interval(scores[name])) for name in names]
+    table = pd.DataFrame(rows, pd.Index(names, name="score"), ["value", "low", "high"])
+    return table.assign(labels=f"{np.isfinite(scores['AP'][0]).sum()} of {targets.shape[1]}")
 
 
 def compare_scores(
@@ -2026,19 +1979,19 @@ def compare_scores(
         raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
 
     def replicates(runs: Array) -> Array:
-        shape, runs = np.shape(targets), np.asarray(runs, float)
-        if runs.shape[-2:] != shape:
+        shape, found = np.shape(targets), np.shape(runs)
+        if found[-2:] != shape:
             expected = f"expected {shape}, as the targets, or several of these"
-            raise ValueError(f"probabilities of shape {runs.shape}: {expected}.")
-        runs = runs.reshape(-1, *shape)
+            raise ValueError(f"probabilities of shape {found}: {expected}.")
+        runs = np.reshape(runs, (-1, *shape))
         scores = [_replicates(targets, p, 0.5, groups, n_bootstrap, seed) for p in runs]
         return np.mean([np.column_stack([one["AP"], one["mAP"]]) for one in scores], axis=0)
 
     new, old = replicates(probs), replicates(baseline)
-    low, high = _interval(new - old)
-    table = {"baseline": old[0], "AP": new[0], "difference": new[0] - old[0], "low": low}
-    index = pd.Index([*label_columns, "mAP"], name="label")
-    return pd.DataFrame(table | {"high": high}, index)
+    table = pd.DataFrame(index=pd.Index([*label_columns, "mAP"], name="label"))
+    table["baseline"], table["AP"], table["difference"] = old[0], new[0], new[0] - old[0]
+    table["low"], table["high"] = _interval(new - old)
+    return table
 
 
 def _best_cut(targets: Array, probs: Array, beta: float, min_precision: float | None) -> tuple:
@@ -2065,10 +2018,9 @@ def _best_cuts(targets: Array, probs: Array, beta: float, least: float | None = 
 
 
 def _shrunk_cuts(targets: Array, probs: Array, groups: Groups, beta: float, seed: int) -> Array:
-    """Return thresholds (L + 1,), as `_best_cuts`, that hold on other photos.
+    """Return thresholds (L + 1,): the mean of 30 bootstrap samples of groups, in logits.
 
-    The mean cut of 30 bootstrap samples of groups lies in the middle of the plateau of good cuts;
-    from few positives it is drawn towards the common one: n / (n + 10) of it is the label's own.
+    It lies in the middle of the plateau of good cuts; n / (n + 10) of it are the label's own.
     """
     rng, draws = np.random.default_rng(seed), []
     index = np.arange(len(probs)) if groups is None else pd.factorize(pd.Series(groups))[0]
@@ -2098,10 +2050,8 @@ def find_optimal_thresholds(
     """Find the thresholds with the highest F-beta, exactly; choose on validation, report on test.
 
     Args:
-        probs, targets: (N, L); NaN targets are left out.
         mode: "per_label"; "global" for one threshold for all; "shrunk" for thresholds that hold on
             other photos, averaged over bootstrap samples of `groups` (N,).
-        beta: weight of recall against precision.
         min_precision: instead, the highest recall at this precision or better; not with "shrunk".
         min_positives: a label with fewer falls back to the global threshold; see "source".
     """
@@ -2191,8 +2141,7 @@ class Classifier:
             found = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
             raise ValueError(f"{found} ({self.activation}) and {n} logits do not match.")
         self.device = _fastest_device()
-        layout = torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=layout).eval()
+        self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
 
     def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
@@ -2209,24 +2158,18 @@ class Classifier:
 
     @classmethod
     def from_validation(
-        cls,
-        model: nn.Module,
-        val_set: DataPartition,
-        probs: np.ndarray,
-        view: str = "half",
-        mode: str = "shrunk",
-        **options: Any,
+        cls, model: nn.Module, part: DataPartition, probs: Array, view: str = "half", **options: Any
     ) -> "Classifier":
         """Take the thresholds with the best F1 of `probs` (N, L) on validation."""
-        labels, options = val_set.label_columns, {"view": view, **options}
+        labels, options = part.label_columns, {"view": view, **options}
         if options.get("activation", "sigmoid") != "sigmoid":
             return cls(model, labels, **options)
-        find = functools.partial(find_optimal_thresholds, label_columns=labels, mode=mode)
-        own = find(probs, val_set.targets, groups=val_set.groups)["threshold"]
+        find = functools.partial(find_optimal_thresholds, label_columns=labels, mode="shrunk")
+        own = find(probs, part.targets, groups=part.groups)["threshold"]
         if view == "panorama":
             return cls(model, labels, own, **options)
-        df = pd.DataFrame(val_set.targets, columns=labels)
-        df.insert(0, "image_path", [str(path) for path in val_set.paths])
+        df = pd.DataFrame(part.targets, columns=labels)
+        df.insert(0, "image_path", [str(path) for path in part.paths])
         targets, highest = to_panorama_level(df, labels, probs)
         whole = find(highest, targets)["threshold"]
         return cls(model, labels, own, panorama_thresholds=whole, **options)
@@ -2249,17 +2192,19 @@ class Classifier:
         if hashlib.sha256(stored).hexdigest() != content["sha256"]:
             raise ValueError(f"{weights}: not the file that {path.name} was saved with (sha256).")
         kwargs = {key: content[key] for key in ("num_labels", "head", "img_size")}
-        names = ("labels", "thresholds", "view", "panorama_thresholds", "activation", "flip")
         try:
             kwargs |= content["head_kwargs"] | content["model_kwargs"]
             model = build_model(content["model_name"], pretrained=False, **kwargs)
             model.data_config |= {k: content[k] for k in ("mean", "std", "interpolation")}
-            classifier = cls(model, **{name: content[name] for name in names})
+            classifier = cls(model, *(content[option.name] for option in fields(cls)[1:]))
         except Exception as error:  # a stranger's values may fail anywhere inside timm
             raise ValueError(f"{path}: no model can be made of it ({error}).") from None
-        read = safetensors.torch.load if content["format_version"] >= 3 else _read_pickled
         try:
-            model.load_state_dict(read(stored))
+            if content["format_version"] < 3:  # a pickle, of which only plain tensors are read
+                state = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+            else:
+                state = safetensors.torch.load(stored)
+            model.load_state_dict(state)
         except Exception as error:
             fit = f"does not fit {content['model_name']}, or is no plain state dict"
             raise ValueError(f"{weights}: {fit} ({type(error).__name__}).") from None
@@ -2277,11 +2222,9 @@ class Classifier:
     ) -> pd.DataFrame:
         """Classify images as they are: one line each with a 0/1 decision and LABEL_prob per label.
 
-        Args:
-            images: a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
-            unreadable: "raise", or "skip" to leave files out; `.attrs["unreadable"]` lists them.
-            flip: look at the mirror images, too; False is twice as fast, None as it was saved.
-            panorama: see `predict_panorama`.
+        They are a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
+        `unreadable="skip"` leaves files out, see `.attrs["unreadable"]` of the table; `flip` looks
+        at the mirror images, too, in twice the time (None: as it was saved).
         """
         _check_choice("unreadable", unreadable, ("raise", "skip"))
         flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
@@ -2330,9 +2273,8 @@ class Classifier:
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
 
-        The attention of the head (linear: the class activation map), in as many cells as the model
-        has positions: see `count_cells`, `overlay_heat_map`. Of a panorama, the maps of a model of
-        halves are put side by side, (H, 2W), each as strong as its probability.
+        The attention of the head (linear: the class activation map), see `overlay_heat_map`. Of a
+        panorama, maps of halves stand side by side, (H, 2W), each as strong as its probability.
         """
         _check_choice("label", label, self.labels)
         halves, index = panorama and self.view == "half", self.labels.index(label)
@@ -2347,10 +2289,6 @@ class Classifier:
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
         return np.concatenate(list(maps * strength[:, None, None]), axis=1)
-
-
-def _read_pickled(stored: bytes) -> dict[str, torch.Tensor]:
-    return torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
 
 
 def _as_items(images: Any) -> list[Any]:
@@ -2457,22 +2395,13 @@ def _as_picture(image: Any, mean: Any, std: Any) -> np.ndarray:
 
 
 def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> np.ndarray:
-    """Return a photo (H, W, 3) under a heat map from 0 to 1, whose cells stay cells.
-
-    `opacity` is that of the hottest place; where nothing is, the photo shows through.
-    """
+    """Return a photo (H, W, 3) under a heat map from 0 to 1; `opacity` is that of a 1."""
     photo = open_image(image, (384, 384))
     cells = Image.fromarray(np.asarray(heat_map, np.float32))
     heat = np.asarray(cells.resize(photo.size, Image.Resampling.NEAREST))
     alpha = opacity * heat[..., None].astype(float)
     drawn = (1 - alpha) * np.asarray(photo, float) / 255 + alpha * plt.cm.plasma(heat)[..., :3]
     return np.rint(255 * drawn).astype(np.uint8)
-
-
-def count_cells(heat_map: np.ndarray) -> str:
-    """Say on how many cells a heat map of `Classifier.explain` was made, e.g. "4 × 4 cells"."""
-    edges = [(np.diff(heat_map, axis=axis) != 0).any(1 - axis) for axis in (0, 1)]
-    return "{} × {} cells".format(*(1 + edge.sum() for edge in edges))
 
 
 def plot_comparison(table: pd.DataFrame) -> plt.Figure:
@@ -2504,35 +2433,6 @@ def plot_history(history: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def show_predictions(
-    images: Sequence[Any],
-    targets: np.ndarray,
-    probs: np.ndarray,
-    thresholds: Sequence[float],
-    labels: Sequence[str],
-    columns: int = 3,
-    width: float = 3.0,
-) -> plt.Figure:
-    """Draw images (paths, PIL or arrays); below each what is right, missed and wrongly reported.
-
-    `targets` and `probs` are (N, L); of unknown cells nothing is said.
-    """
-    figure = show_images(images, columns=columns, width=width)
-    reported, names = probs >= np.asarray(thresholds), np.array(labels, dtype=object)
-    kinds = {"right": ("tab:green", (targets >= 0.5) & reported)}
-    kinds |= {"missed": ("chocolate", (targets >= 0.5) & ~reported)}
-    kinds |= {"wrong": ("tab:red", (targets < 0.5) & reported)}
-    for i, axis in enumerate(figure.axes[: len(images)]):
-        below = 3  # points
-        for word, (color, cells) in kinds.items():
-            if cells[i].any():
-                text = textwrap.fill(f"{word}: {', '.join(names[cells[i]])}", round(15 * width))
-                place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
-                axis.annotate(text, (0, 0), (0, -below), color=color, fontsize=8, **place)
-                below += 11 * (text.count("\n") + 1)
-    return figure
-
-
 # ---------------------------------------------------------------- two heads side by side
 
 
@@ -2551,13 +2451,11 @@ def differing_settings(
     config: TrainConfig, model: nn.Module, other: TrainConfig, other_model: nn.Module
 ) -> pd.DataFrame:
     """Return a line for each setting, of training or of the model, that two runs do not share."""
-    runs = [
-        json.loads(json.dumps(asdict(c) | m.spec | m.data_config))  # tuples and lists alike
-        for c, m in ((config, model), (other, other_model))
-    ]
-    names = [key for key in runs[0] | runs[1] if runs[0].get(key) != runs[1].get(key)]
-    columns = {"here": runs[0], "baseline": runs[1]}
-    return pd.DataFrame({c: [str(run.get(n)) for n in names] for c, run in columns.items()}, names)
+    runs = [asdict(c) | m.spec | m.data_config for c, m in ((config, model), (other, other_model))]
+    here, baseline = (json.loads(json.dumps(run)) for run in runs)  # tuples and lists alike
+    names = [key for key in here | baseline if here.get(key) != baseline.get(key)]
+    rows = [[str(here.get(name)), str(baseline.get(name))] for name in names]
+    return pd.DataFrame(rows, names, ["here", "baseline"])
 
 
 def compare_classifiers(
@@ -2580,7 +2478,5 @@ def plot_label_maps(
         for i, (path, label) in enumerate(examples):
             pictures.append(overlay_heat_map(path, classifier.explain(path, label)))
             titles.append(f"{name}\n{label} ({answers[f'{label}_prob'][i]:.2f})")
-    figure = show_images(pictures, titles, columns=len(examples), width=1.9)
-    colors = plt.cm.ScalarMappable(cmap="plasma")
-    figure.colorbar(colors, ax=figure.axes, label="strongest cell of each map = 1", shrink=0.8)
-    return figure
+    bar = "strongest cell of each map = 1"
+    return show_images(pictures, titles, columns=len(examples), width=1.9, bar=bar)

@@ -590,11 +590,14 @@ def test_run_reads_only_the_parts_that_it_is_asked_for(survey):
 # ---------------------------------------------------------------- photos with their labels
 
 
-def test_predictions_are_marked_right_missed_and_wrong():
+def test_predictions_are_marked_right_missed_and_wrong(notebook_functions):
     photos = [np.zeros((8, 8, 3), np.uint8)] * 2
     targets = np.array([[1, 1, 0, NAN], [0, 0, 0, 0]])
     probs = np.array([[0.9, 0.1, 0.8, 0.9], [0.1, 0.1, 0.1, 0.1]])
-    figure = du.show_predictions(photos, targets, probs, [0.5] * 4, list("abcd"))
+    nb = notebook_functions("training")
+    nb.label_columns = list("abcd")
+    nb.show_predictions(photos, targets, probs, [0.5] * 4)
+    figure = plt.gcf()
     texts = [[text.get_text() for text in axis.texts] for axis in figure.axes[:2]]
     assert texts == [["right: a", "missed: b", "wrong: c"], []]  # of d nobody knows
     plt.close(figure)
