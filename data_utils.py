@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import uuid
 import warnings
@@ -34,7 +35,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -46,7 +47,7 @@ from iterstrat.ml_stratifiers import IterativeStratification
 from joblib import Parallel, delayed
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
-from sklearn.metrics import cohen_kappa_score, fbeta_score, pairwise_distances_argmin_min
+from sklearn.metrics import cohen_kappa_score, pairwise_distances_argmin_min, precision_recall_curve
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
@@ -59,75 +60,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
-
-__all__ = [
-    "CSRA",
-    "Classifier",
-    "DataPartition",
-    "FeatureSet",
-    "MLDecoder",
-    "MaskedLoss",
-    "OutOfFold",
-    "RandomHorizontalRoll",
-    "RandomSqueezedCrop",
-    "TrainConfig",
-    "Trainer",
-    "TriStateMixup",
-    "annotator_agreement",
-    "append_decision",
-    "apply_decisions",
-    "attach_images",
-    "base_rate_logits",
-    "build_model",
-    "build_run",
-    "combine_halves",
-    "compare_scores",
-    "extract_features",
-    "fast_precision",
-    "feature_layout",
-    "find_near_duplicates",
-    "find_optimal_thresholds",
-    "find_wrong_classes",
-    "find_wrong_labels",
-    "fit_probe",
-    "gains_by_channels_last",
-    "group_stratified_split",
-    "label_distribution",
-    "list_images",
-    "load_parts",
-    "make_loader",
-    "make_transforms",
-    "mean_average_precision",
-    "measure_throughput",
-    "open_image",
-    "out_of_fold",
-    "overlay_heat_map",
-    "panorama_name",
-    "patch_features",
-    "plot_comparison",
-    "plot_history",
-    "rank_for_labelling",
-    "read_class_folders",
-    "read_csv_labels",
-    "read_decisions",
-    "read_labelbox",
-    "read_labelbox_import",
-    "read_partition",
-    "read_tuned",
-    "replacing",
-    "score_labels",
-    "show_images",
-    "start_from_probe",
-    "summarize_scores",
-    "to_panorama_level",
-    "to_targets",
-    "use_probe",
-    "write_labelbox",
-    "write_partition",
-]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
@@ -137,7 +72,11 @@ SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
 _NUMBER, _NOTHING = (int, float), type(None)
 TUNABLE = {"LEARNING_RATE": _NUMBER, "WEIGHT_DECAY": _NUMBER, "LAYER_DECAY": (*_NUMBER, _NOTHING)}
 TUNABLE |= {"BATCH_SIZE": int, "RAND_AUGMENT": (str, _NOTHING), "LOSS": str}
-FORMAT_VERSION = 2  # 1 knew no "activation"
+FORMAT_VERSION = 3  # 1 knew no "activation", 2 had its weights in a pickle
+WEIGHTS = "model.safetensors"
+Array = np.ndarray
+Cuts = float | Sequence[float] | str
+Groups = Sequence | None
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _HALF = re.compile(r"_(left|right)$")
 
@@ -165,9 +104,9 @@ def _write_json(path: str | os.PathLike, content: Any) -> None:
 
 def _save_weights(model: nn.Module, path: Path) -> str:
     """Write a plain state dict on the CPU and return the sha256 of the file."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with replacing(path) as temporary:
-        torch.save(weights, temporary)
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    with replacing(path) as temporary:  # clones: tensors that share memory are refused
+        safetensors.torch.save_file(weights, temporary)
         return hashlib.sha256(temporary.read_bytes()).hexdigest()
 
 
@@ -1259,30 +1198,26 @@ def find_near_duplicates(
 # ---------------------------------------------------------------- data
 
 
-def open_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> Image.Image:
-    """Open an image upright and as 8-bit RGB, decoding no more pixels than needed.
+def open_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
+    """Return a path, PIL image or array (H, W, 3) as an upright image of 8-bit RGB.
 
-    Args:
-        path: any format Pillow reads; CMYK, 16-bit, grey and transparent (on white) are converted.
-        size: height and width in pixels that are wanted at least. A JPEG is then decoded at 1/2,
-            1/4 or 1/8 of its size where that still is enough.
-
-    Raises:
-        FileNotFoundError: no such file.
-        OSError: the file is truncated or no image; the message names it.
+    Where `size` (height, width) is enough, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size. A file
+    that is missing, truncated or no image is named by an OSError.
     """
+    if not isinstance(image, (str, os.PathLike)):
+        image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        return _to_rgb(ImageOps.exif_transpose(image))
     try:
-        with Image.open(path) as image:
-            if size is not None and image.format in ("JPEG", "MPO"):
-                turned = image.getexif().get(0x0112, 1) >= 5  # Orientation swaps width and height
-                image.draft("RGB", size if turned else size[::-1])
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(image) as file:
+            if size is not None and file.format in ("JPEG", "MPO"):
+                turned = file.getexif().get(0x0112, 1) >= 5  # Orientation swaps width and height
+                file.draft("RGB", size if turned else size[::-1])
+            return _to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image; check the folder or the CSV.") from None
+        raise FileNotFoundError(f"{image}: no such image; check the folder or the CSV.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         problem = f"cannot be read as an image ({error}); replace it or leave it out."
-        raise OSError(f"{path}: {problem}") from None
+        raise OSError(f"{image}: {problem}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -1292,24 +1227,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((grey >> (0 if is_8_bit else 8)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 class RandomHorizontalRoll(v2.Transform):
-    """Turn a whole panorama by a random angle: columns leaving on the right re-enter left.
-
-    Args:
-        view: "panorama". A half does not wrap, rolling it would draw a seam that is not there.
-
-    Raises:
-        ValueError: `view` is "half".
-    """
+    """Turn a whole panorama by a random angle: columns leaving on the right re-enter left."""
 
     def __init__(self, view: str) -> None:
         super().__init__()
-        if view != "panorama":
+        if view != "panorama":  # a half does not wrap: it would get a seam that is not there
             raise ValueError(f"view={view!r}: only panoramas wrap; halves must not be rolled.")
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -1319,36 +1246,18 @@ class RandomHorizontalRoll(v2.Transform):
         return torch.roll(inpt, round(params["turn"] * inpt.shape[-1]), dims=-1)
 
 
-class RandomSqueezedCrop(v2.Transform):
-    """Cut out a part of a photo and squeeze it as the whole photo is squeezed at test time.
-
-    `RandomResizedCrop` cuts shapes around a square, so that of a 3:2 photo training never sees
-    what testing shows.
-
-    Args:
-        size: height and width of the result.
-        scale: range of the share of the photo that is kept; the part is at most a third wider or
-            narrower than the photo's own shape.
-    """
-
-    def __init__(
-        self, size: Sequence[int], scale: tuple[float, float], mode: v2.InterpolationMode
-    ) -> None:
-        super().__init__()
-        self.size, self.scale, self.mode = tuple(size), scale, mode
+class RandomSqueezedCrop(v2.RandomResizedCrop):
+    """Cut shapes around the photo's own, not around a square: testing squeezes whole photos."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.functional.get_size(flat_inputs[0])
         area, shape, top, left = torch.rand(4).tolist()
         area = self.scale[0] + area * (self.scale[1] - self.scale[0])
-        widest = min(np.log(4 / 3), -np.log(area))  # no wider than the photo
+        widest = min(np.log(4 / 3), -np.log(area))  # by a third at most, no wider than the photo
         shape = np.exp((2 * shape - 1) * widest)
         h, w = round(height * (area / shape) ** 0.5), round(width * (area * shape) ** 0.5)
-        box = round(top * (height - h)), round(left * (width - w)), max(h, 1), max(w, 1)
-        return {"box": box}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return v2.functional.resized_crop(inpt, *params["box"], self.size, self.mode, True)
+        box = {"top": round(top * (height - h)), "left": round(left * (width - w))}
+        return box | {"height": max(h, 1), "width": max(w, 1)}
 
 
 def make_transforms(
@@ -1361,36 +1270,26 @@ def make_transforms(
 ) -> v2.Compose:
     """Return PIL image → normalised float tensor (3, H, W) of the size that `model` takes.
 
-    The whole picture is squeezed to that size, never cropped at its centre: labels may lie
-    anywhere. Training adds a random crop, flip and light colour jitter, and for "panorama" a true
-    roll.
+    The whole picture is squeezed, never cropped at its centre: labels may lie anywhere.
 
     Args:
-        model: from `build_model`.
-        view: "half" (photos that do not wrap) or "panorama".
         crop_scale: share of the picture that a random crop keeps; a small one may cut a label off.
-        rand_augment: timm's RandAugment (Cubuk et al. 2020, arXiv 1909.13719) in the place of the
-            colour jitter, e.g. "rand-m9-n2-mstd0.5": two operations of magnitude 9.
-        random_erasing: probability that a rectangle becomes noise (Zhong et al. 2020, arXiv
-            1708.04896).
-
-    Raises:
-        ValueError: another view, or a setting that timm's RandAugment does not know.
+        rand_augment: timm's RandAugment (arXiv 1909.13719) in the place of the colour jitter, e.g.
+            "rand-m9-n2-mstd0.5": two operations of magnitude 9.
+        random_erasing: probability that a rectangle becomes noise (arXiv 1708.04896).
     """
     _check_choice("view", view, VIEWS)
     if not 0 <= random_erasing <= 1:
         raise ValueError(f"random_erasing={random_erasing}: expected a probability from 0 to 1.")
     config = model.data_config
     size, mode = config["input_size"][1:], v2.InterpolationMode(config["interpolation"])
-    steps: list[nn.Module] = [v2.ToImage()]
+    steps: list[nn.Module] = [v2.ToImage(), v2.Resize(size, mode)]
     if train:
-        steps += [RandomHorizontalRoll(view)] if view == "panorama" else []
-        steps += [RandomSqueezedCrop(size, crop_scale, mode)]
+        steps[1:] = [RandomHorizontalRoll(view)] if view == "panorama" else []
+        steps += [RandomSqueezedCrop(size, crop_scale, interpolation=mode)]
         steps += [v2.RandomHorizontalFlip()]
-        augment = _rand_augment(rand_augment, config) if rand_augment else []
+        augment = _rand_augment(rand_augment, config) if rand_augment else None
         steps += augment or [v2.ColorJitter(0.2, 0.2, 0.2)]
-    else:
-        steps += [v2.Resize(size, interpolation=mode, antialias=True)]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
     if train and random_erasing:
         steps += [RandomErasing(random_erasing, mode="pixel", device="cpu")]
@@ -1401,33 +1300,26 @@ def _rand_augment(settings: str, config: dict) -> list[Callable]:
     """Return RandAugment, which works on PIL images; what it moves in from outside is grey."""
     grey = tuple(round(255 * value) for value in config["mean"])
     reach = {"translate_const": int(0.45 * min(config["input_size"][1:])), "img_mean": grey}
-    known = r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t\w+)*"
-    if isinstance(settings, str) and re.fullmatch(known, settings):  # timm passes over the unknown
-        with contextlib.suppress(AssertionError, KeyError, ValueError):
-            return [v2.ToPILImage(), rand_augment_transform(settings, reach), v2.ToImage()]
-    raise ValueError(f"rand_augment={settings!r}: expected e.g. 'rand-m9-n2-mstd0.5'.")
+    known = r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-tweights)*"
+    if not re.fullmatch(known, settings):  # timm passes over what it does not know
+        raise ValueError(f"rand_augment={settings!r}: expected e.g. 'rand-m9-n2-mstd0.5'.")
+    return [v2.ToPILImage(), rand_augment_transform(settings, reach), v2.ToImage()]
 
 
 def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
     """Return the height and width that suffice for the first resizing step of `transform`."""
     for step in getattr(transform, "transforms", [transform]):
-        if isinstance(step, RandomSqueezedCrop):
-            return tuple(int(np.ceil(side / step.scale[0] ** 0.5)) for side in step.size)
-        if isinstance(step, v2.Resize) and len(step.size) == 2:
-            return tuple(step.size)
+        if isinstance(step, (RandomSqueezedCrop, v2.Resize)) and len(step.size) == 2:
+            least = getattr(step, "scale", (1.0,))[0] ** 0.5
+            return tuple(int(np.ceil(side / least)) for side in step.size)
     return None
 
 
 class DataPartition(Dataset):
-    """Images and targets of a partition.
+    """The images (3, H, W) and targets (L,), float32 with NaN for unknown, of a partition.
 
-    Args:
-        df: `image_path` and the label columns.
-        label_columns: their order is the order of the targets.
-        transform: PIL image → tensor. JPEGs are decoded no larger than its resizing step needs.
-        cache_dir: keeps decoded, shrunk copies there, so that no photo is decoded twice.
-
-    An item is the image (3, H, W) and its targets (L,), float32 with NaN for unknown.
+    JPEGs are decoded no larger than the resizing step of `transform` (PIL image → tensor) needs;
+    `cache_dir` keeps the decoded, shrunk copies, so that no photo is decoded twice.
     """
 
     def __init__(
@@ -1442,9 +1334,8 @@ class DataPartition(Dataset):
             raise ValueError(f"the partition has no column {_some(missing)}.")
         self.paths = df["image_path"].astype(str).tolist()
         self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
-        self.label_columns = list(label_columns)
+        self.label_columns, self.transform = list(label_columns), transform
         self.targets = df[self.label_columns].to_numpy(np.float32)  # (N, L)
-        self.transform = transform
         self.cache_dir = Path(cache_dir) if cache_dir else None
 
     def __len__(self) -> int:
@@ -1454,14 +1345,11 @@ class DataPartition(Dataset):
         size = _needed_size(self.transform)
         read = self._open_cached if self.cache_dir and size else open_image
         image = read(self.paths[index], size)
-        target = torch.tensor(self.targets[index])
-        return (self.transform(image) if self.transform else image), target
+        image = self.transform(image) if self.transform else image
+        return image, torch.tensor(self.targets[index])
 
     def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
-        try:
-            stamp = os.stat(path).st_mtime_ns
-        except FileNotFoundError:
-            return open_image(path, size)  # says what is wrong
+        stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else None
         key = hashlib.sha1(f"{os.path.abspath(path)}|{stamp}|{size}".encode()).hexdigest()
         copy = self.cache_dir / key[:2] / f"{key}.npy"
         if copy.exists():
@@ -1474,14 +1362,8 @@ class DataPartition(Dataset):
         return image
 
 
-class FeatureSet(Dataset):
-    """Features instead of photos, to train a head alone in seconds; goes where DataPartition goes.
-
-    Args:
-        features: (N, ...), e.g. from `extract_features`.
-        targets: (N, L), NaN for unknown.
-        label_columns: L names.
-    """
+class FeatureSet(TensorDataset):
+    """Features (N, ...) instead of photos: trains a head alone, goes where DataPartition goes."""
 
     def __init__(
         self, features: torch.Tensor, targets: np.ndarray, label_columns: Sequence[str]
@@ -1489,13 +1371,8 @@ class FeatureSet(Dataset):
         if len(features) != len(targets):
             raise ValueError(f"{len(features)} features and {len(targets)} rows of targets.")
         self.features, self.label_columns = features, list(label_columns)
-        self.targets = np.asarray(targets, np.float32)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.features[index], torch.from_numpy(self.targets[index])
+        self.targets = np.asarray(targets, np.float32)  # (N, L), NaN for unknown
+        super().__init__(features, torch.from_numpy(self.targets))
 
 
 class TriStateMixup(Mixup):
@@ -1518,24 +1395,14 @@ class TriStateMixup(Mixup):
 def make_loader(
     dataset: Dataset, batch_size: int, train: bool = False, num_workers: int = 0, seed: int = 42
 ) -> DataLoader:
-    """Return a DataLoader; shuffling and the workers' random numbers follow from `seed`.
-
-    PyTorch gives each worker and epoch its own torch, numpy and python seed drawn from the
-    loader's generator, because workers are started anew each epoch. That generator is the same in
-    all processes of a launched run, so the rank is added.
-    """
-    return DataLoader(
-        dataset,
-        batch_size,
-        shuffle=train,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),
-        worker_init_fn=_seed_by_rank,
-    )
+    """Return a DataLoader whose order and whose workers' random numbers follow from `seed`."""
+    options = {"shuffle": train, "num_workers": num_workers, "worker_init_fn": _seed_by_rank}
+    options |= {"generator": torch.Generator().manual_seed(seed)}
+    return DataLoader(dataset, batch_size, pin_memory=torch.cuda.is_available(), **options)
 
 
 def _seed_by_rank(worker: int) -> None:
+    """PyTorch seeds workers from the loader's generator, the same in all launched processes."""
     rank = int(os.environ.get("RANK", 0))  # as set by accelerate launch and torchrun
     if rank:
         seed = (torch.initial_seed() + 1_000_003 * rank) % 2**32
@@ -2998,7 +2865,7 @@ class Trainer:
     is the one with the highest top-1 accuracy; else they are sigmoids, and it is the one with the
     highest mAP. `prepare_loss`, `training_loss` and `validate` are what another task overrides.
 
-    `run_dir` receives config.json, history.csv (a row an epoch), best_model.pt and last/, the
+    `run_dir` receives config.json, history.csv (a row an epoch), model.safetensors and last/, the
     complete resume point. Every epoch's random numbers follow from (seed, epoch), so a run that was
     stopped and resumed ends like one that was not (on a GPU: but for the rounding of kernels that
     add in any order). Works in one process, or in several with DistributedDataParallel under
@@ -3246,9 +3113,9 @@ class Trainer:
             if self.accelerator.num_processes > 1:  # the others may be anywhere: none waits
                 raise
         self.accelerator.wait_for_everyone()
-        best = self.run_dir / "best_model.pt"
+        best = self.run_dir / WEIGHTS
         if self.history and best.is_file():
-            self.plain.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
+            self.plain.load_state_dict(safetensors.torch.load_file(best))
         return pd.DataFrame(self.history)
 
     def _score(self, row: dict[str, float]) -> float:
@@ -3361,7 +3228,7 @@ class Trainer:
     def _save_best(self, weights: str) -> None:
         if self.accelerator.is_main_process:
             model = self.ema.module if weights == "ema" else self.plain
-            _save_weights(model, self.run_dir / "best_model.pt")
+            _save_weights(model, self.run_dir / WEIGHTS)
 
     def _save_last(self) -> None:
         """Write last/ under another name, its trainer.json last, then rename it."""
@@ -3387,110 +3254,93 @@ class Trainer:
 # ---------------------------------------------------------------- scores
 
 
-def _average_precision(targets: np.ndarray, probs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return AP = Σ (R_k - R_{k-1}) P_k for each row of weights and label, (R, L).
-
-    As sklearn.metrics.average_precision_score with sample_weight, for all weights at once; ties
-    count as one cut. NaN for a label without positives.
-    """
+def _average_precision(targets: Array, probs: Array, weights: Array) -> Array:
+    """Return sklearn's average_precision_score for each row of weights and label, (R, L)."""
     result = np.full((len(weights), targets.shape[1]), np.nan)
-    for label in range(targets.shape[1]):
+    for label in np.flatnonzero((targets >= 0.5).any(0)):
         known = ~np.isnan(targets[:, label])
         order = np.argsort(-probs[known, label], kind="stable")
         p, y = probs[known, label][order], targets[known, label][order] >= 0.5
-        if not y.any():
-            continue
         w = weights[:, known][:, order]
-        cut = np.append(p[1:] != p[:-1], True)
-        tp = np.cumsum(w * y, axis=1)[:, cut]
-        predicted = np.cumsum(w, axis=1)[:, cut]
+        cut = np.append(p[1:] != p[:-1], True)  # equal probabilities are one cut
+        tp, predicted = (np.cumsum(counted, axis=1)[:, cut] for counted in (w * y, w))
         gained = np.diff(tp, axis=1, prepend=0)
         with np.errstate(invalid="ignore"):
             result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(1) / tp[:, -1]
     return result
 
 
-def mean_average_precision(targets: np.ndarray, probs: np.ndarray) -> float:
+def mean_average_precision(targets: Array, probs: Array) -> float:
     """Return the mean AP over the labels that are present at least once; NaN if none is."""
     ap = _average_precision(targets, probs, np.ones((1, len(targets))))
     return float(np.nanmean(ap)) if np.isfinite(ap).any() else float("nan")
 
 
-def _most_probable(probs: np.ndarray) -> np.ndarray:
-    """Return (N, L), true once a row."""
-    return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]
+def _most_probable(probs: Array) -> Array:
+    return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]  # (N, L), true once a row
+
+
+def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
+    """Return both as (N, L) of float; the one place where NaN probabilities are refused."""
+    if np.isnan(probs := np.asarray(probs, float)).any():
+        raise ValueError("probs holds NaN; leave out the images that could not be read.")
+    return np.asarray(targets, float), probs
 
 
 def _replicates(
-    targets: np.ndarray,
-    probs: np.ndarray,
-    thresholds: float | Sequence[float] | str,
-    groups: Sequence | None,
-    n_bootstrap: int,
-    seed: int,
-) -> dict[str, np.ndarray]:
+    targets: Any, probs: Any, thresholds: Cuts, groups: Groups, n_bootstrap: int, seed: int
+) -> dict[str, Array]:
     """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
-    targets, probs = np.asarray(targets, float), np.asarray(probs, float)
+    targets, probs = _as_scored(targets, probs)
     known, true = ~np.isnan(targets), targets >= 0.5
     is_top1 = isinstance(thresholds, str) and thresholds == "argmax"
     predicted = _most_probable(probs) if is_top1 else probs >= np.asarray(thresholds, float)
     index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
     n_groups = index.max() + 1
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_bootstrap)
+    rates = np.full(n_groups, 1 / n_groups)
+    drawn = np.random.default_rng(seed).multinomial(n_groups, rates, size=n_bootstrap)
     weights = np.vstack([np.ones(n_groups), drawn])[:, index]  # (1 + n_bootstrap, N)
     chunks = np.array_split(weights, max(1, weights.size // 20_000_000))
     scores = {"AP": np.vstack([_average_precision(targets, probs, chunk) for chunk in chunks])}
     cells = (true & predicted, ~true & predicted, true & ~predicted)
     tp, fp, fn = (weights @ (known & c).astype(float) for c in cells)  # (1 + n_bootstrap, L)
-    wrong = known & (true != predicted)
-    judged = known.any(1)
+    wrong, judged = known & (true != predicted), known.any(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        scores["precision"] = tp / (tp + fp)
-        scores["recall"] = tp / (tp + fn)
+        scores |= {"precision": tp / (tp + fp), "recall": tp / (tp + fn)}
         scores["F1"] = np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan)
         scores["micro F1"] = 2 * tp.sum(1) / (2 * tp + fp + fn).sum(1)
         scores["Hamming loss"] = weights @ wrong.sum(1) / (weights @ known.sum(1))
         scores["exact match"] = weights @ (judged & ~wrong.any(1)) / (weights @ judged)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # labels that no bootstrap sample shows
-        scores["mAP"] = np.nanmean(scores["AP"], axis=1)
-        scores["macro F1"] = np.nanmean(scores["F1"], axis=1)
-    return scores
+        means = {"mAP": np.nanmean(scores["AP"], 1), "macro F1": np.nanmean(scores["F1"], 1)}
+    return scores | means
 
 
-def _interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    if len(values) < 2:
-        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
+def _interval(values: Array, level: float = 0.95) -> tuple[Array, Array]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        return tuple(np.nanquantile(values[1:], [(1 - level) / 2, (1 + level) / 2], axis=0))
+        samples = values[1:] if len(values) > 1 else values * np.nan
+        return tuple(np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0))
 
 
 def score_labels(
-    targets: np.ndarray,
-    probs: np.ndarray,
+    targets: Array,
+    probs: Array,
     label_columns: Sequence[str],
-    thresholds: float | Sequence[float] | str = 0.5,
-    groups: Sequence | None = None,
+    thresholds: Cuts = 0.5,
+    groups: Groups = None,
     n_bootstrap: int = 500,
     seed: int = 42,
 ) -> pd.DataFrame:
-    """Score each label on the cells that somebody judged.
+    """Score each label on the cells that somebody judged, one line per label.
 
     Args:
-        targets: (N, L), NaN for unknown; soft targets count as present from 0.5.
-        probs: (N, L).
-        label_columns: L names.
-        thresholds: present means prob >= threshold; one for all or one a label. "argmax": the most
-            probable class is present, for classes that exclude each other.
-        groups: (N,) groups that the bootstrap draws whole, e.g. panoramas; None draws rows.
-        n_bootstrap: bootstrap samples behind the 95 % intervals; 0 for none.
-        seed: of the bootstrap.
-
-    Returns:
-        A line a label: support (present), absent, unknown, AP, AP_low, AP_high, precision, recall,
-        F1, F1_low, F1_high, note. A label that is never present has NaN and "too few to judge".
+        targets, probs: (N, L); NaN targets are unknown, soft ones count as present from 0.5.
+        thresholds: present means prob >= threshold; one for all or one per label. "argmax": the
+            most probable class is present, for classes that exclude each other.
+        groups: (N,), what the bootstrap behind the 95 % intervals draws whole; None draws rows.
+        n_bootstrap: number of its samples; 0 for no intervals.
     """
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
@@ -3500,24 +3350,21 @@ def score_labels(
         table[name] = scores[name][0]
         if name in ("AP", "F1"):
             table[f"{name}_low"], table[f"{name}_high"] = _interval(scores[name])
-    table["note"] = np.where(table["support"] > 0, "", "too few to judge")
-    return table
+    return table.assign(note=np.where(table["support"] > 0, "", "too few to judge"))
 
 
 def summarize_scores(
-    targets: np.ndarray,
-    probs: np.ndarray,
-    thresholds: float | Sequence[float] | str = 0.5,
-    groups: Sequence | None = None,
+    targets: Array,
+    probs: Array,
+    thresholds: Cuts = 0.5,
+    groups: Groups = None,
     n_bootstrap: int = 500,
     seed: int = 42,
 ) -> pd.DataFrame:
-    """Score all labels together; arguments as in `score_labels`.
+    """Score all labels together, see `score_labels`.
 
-    Returns:
-        value, low, high (95 %) and labels (how many of L were judged) for mAP, macro F1, micro F1,
-        Hamming loss (share of wrong cells) and exact match (share of images whose known cells are
-        all right; with "argmax" the top-1 accuracy).
+    Hamming loss is the share of wrong cells, exact match of images whose known cells are all right
+    (with "argmax": the top-1 accuracy).
     """
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     names = ["mAP", "macro F1", "micro F1", "Hamming loss", "exact match"]
@@ -3528,264 +3375,202 @@ def summarize_scores(
 
 
 def compare_scores(
-    targets: np.ndarray,
-    probs: np.ndarray,
-    baseline: np.ndarray,
+    targets: Array,
+    probs: Array,
+    baseline: Array,
     label_columns: Sequence[str],
-    groups: Sequence | None = None,
+    groups: Groups = None,
     n_bootstrap: int = 500,
     seed: int = 42,
 ) -> pd.DataFrame:
-    """Compare two models on the same images; arguments as in `score_labels`.
+    """Compare the AP of two models on the same bootstrap samples, so that what they share cancels.
 
-    Args:
-        probs, baseline: (N, L) of the two models, or (S, N, L) of S trainings of each, whose scores
-            are averaged.
-
-    Returns:
-        A line a label and one for mAP: baseline, AP, difference, low, high (95 %). The bootstrap
-        is paired: both models see the same samples, so what is common to them cancels.
+    `probs` and `baseline` may be (S, N, L), of S trainings whose scores are averaged.
     """
     if "mAP" in label_columns:
         raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
 
-    def replicates(runs: np.ndarray) -> np.ndarray:
-        runs = np.asarray(runs, float)
-        runs = runs[None] if runs.ndim == 2 else runs
-        if runs.shape[1:] != np.shape(targets):
-            expected = f"{np.shape(targets)}, as the targets, or several of these"
-            raise ValueError(f"probabilities of shape {runs.shape[1:]}: expected {expected}.")
+    def replicates(runs: Array) -> Array:
+        shape, runs = np.shape(targets), np.asarray(runs, float)
+        if runs.shape[-2:] != shape:
+            expected = f"expected {shape}, as the targets, or several of these"
+            raise ValueError(f"probabilities of shape {runs.shape}: {expected}.")
+        runs = runs.reshape(-1, *shape)
         scores = [_replicates(targets, p, 0.5, groups, n_bootstrap, seed) for p in runs]
         return np.mean([np.column_stack([one["AP"], one["mAP"]]) for one in scores], axis=0)
 
     new, old = replicates(probs), replicates(baseline)
-    table = pd.DataFrame(index=pd.Index([*label_columns, "mAP"], name="label"))
-    table["baseline"], table["AP"] = old[0], new[0]
-    table["difference"] = new[0] - old[0]
-    table["low"], table["high"] = _interval(new - old)
-    return table
+    low, high = _interval(new - old)
+    table = {"baseline": old[0], "AP": new[0], "difference": new[0] - old[0], "low": low}
+    index = pd.Index([*label_columns, "mAP"], name="label")
+    return pd.DataFrame(table | {"high": high}, index)
 
 
-def _best_cuts(
-    probs: np.ndarray, targets: np.ndarray, beta: float, min_precision: float | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best threshold and its score for each row of (L, N) arrays."""
+def _best_cut(targets: Array, probs: Array, beta: float, min_precision: float | None) -> tuple:
+    """Return the threshold with the highest F-beta, midway between two probabilities, and that."""
     known = ~np.isnan(targets)
-    p = np.where(known, probs, -1.0)  # unknown cells sort behind everything
-    order = np.argsort(-p, axis=1)
-    p = np.take_along_axis(p, order, 1)
-    tp = np.cumsum(np.take_along_axis(targets >= 0.5, order, 1), axis=1)
-    n = np.cumsum(np.take_along_axis(known, order, 1), axis=1)
-    score = (1 + beta**2) * tp / np.maximum(beta**2 * tp[:, -1:] + n, 1)
+    if not known.any():
+        return 0.5, -1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a label that is never present
+        curve = precision_recall_curve(targets[known] >= 0.5, probs[known])
+    precision, recall, cuts = curve[0][-2::-1], curve[1][-2::-1], curve[2][::-1]  # highest first
+    score = (1 + beta**2) * precision * recall / (beta**2 * precision + recall).clip(1e-12)
     if min_precision is not None:
-        recall = tp / np.maximum(tp[:, -1:], 1)
-        score = np.where((tp / np.maximum(n, 1) >= min_precision) & (tp > 0), recall, -1.0)
-    below = np.concatenate([p[:, 1:], np.full((len(p), 1), -1.0)], axis=1)
-    score = np.where((p > below) & (p >= 0), score, -1.0)  # a cut lies between two values
-    best = score.argmax(1)[:, None]
-    upper = np.take_along_axis(p, best, 1)[:, 0]
-    lower = np.maximum(np.take_along_axis(below, best, 1)[:, 0], 0)
-    middle = (upper + lower) / 2
-    return np.where(middle > lower, middle, upper), np.take_along_axis(score, best, 1)[:, 0]
+        score = np.where((precision >= min_precision) & (precision > 0), recall, -1.0)
+    best = score.round(12).argmax()  # equal fractions may differ in their last digit
+    middle = (cuts[best] + (lower := [*cuts, 0.0][best + 1])) / 2
+    return (middle if middle > lower else cuts[best]), score[best]
 
 
-def _shrunk_cuts(
-    probs: np.ndarray, targets: np.ndarray, groups: np.ndarray, beta: float, seed: int
-) -> tuple[np.ndarray, float]:
-    """Return thresholds of (L, N) that hold on other photos, and the common one, in logits.
+def _best_cuts(targets: Array, probs: Array, beta: float, least: float | None = None) -> Array:
+    """Return thresholds and scores (2, L + 1) of (N, L); the last is for all labels together."""
+    columns = [*zip(targets.T, probs.T), (targets.ravel(), probs.ravel())]
+    return np.array([_best_cut(y, p, beta, least) for y, p in columns]).T
+
+
+def _shrunk_cuts(targets: Array, probs: Array, groups: Groups, beta: float, seed: int) -> Array:
+    """Return thresholds (L + 1,), as `_best_cuts`, that hold on other photos.
 
     The mean cut of 30 bootstrap samples of groups lies in the middle of the plateau of good cuts;
     from few positives it is drawn towards the common one: n / (n + 10) of it is the label's own.
     """
     rng, draws = np.random.default_rng(seed), []
-    rows = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
+    index = np.arange(len(probs)) if groups is None else pd.factorize(pd.Series(groups))[0]
+    rows = [np.flatnonzero(index == group) for group in range(index.max() + 1)]
     for _ in range(30):
         drawn = np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])
-        p, y = probs[:, drawn], targets[:, drawn]
-        [common], _ = _best_cuts(p.reshape(1, -1), y.reshape(1, -1), beta, None)
-        own = np.where((y >= 0.5).any(1), _best_cuts(p, y, beta, None)[0], common)
-        draws.append([*own, common])
+        cuts, scores = _best_cuts(targets[drawn], probs[drawn], beta)
+        draws.append(np.where(scores > 0, cuts, cuts[-1]))  # 0: the sample has no positive
     clipped = np.clip(draws, 1e-6, 1 - 1e-6)
-    *own, common = np.log(clipped / (1 - clipped)).mean(0)
-    n = (targets >= 0.5).sum(1)
-    return np.array(own) * n / (n + 10) + common * 10 / (n + 10), common
+    *own, common = np.log(clipped / (1 - clipped)).mean(0)  # in logits
+    n = (targets >= 0.5).sum(0)
+    own = np.array(own) * n / (n + 10) + common * 10 / (n + 10)
+    return 1 / (1 + np.exp(-np.append(own, common)))
 
 
 def find_optimal_thresholds(
-    probs: np.ndarray,
-    targets: np.ndarray,
+    probs: Array,
+    targets: Array,
     label_columns: Sequence[str],
     mode: str = "per_label",
     beta: float = 1.0,
     min_precision: float | None = None,
     min_positives: int = 10,
-    groups: Sequence | None = None,
+    groups: Groups = None,
     seed: int = 42,
 ) -> pd.DataFrame:
-    """Find the thresholds with the highest F-beta, exactly, among all cuts between probabilities.
-
-    Choose them on validation and report on test.
+    """Find the thresholds with the highest F-beta, exactly; choose on validation, report on test.
 
     Args:
         probs, targets: (N, L); NaN targets are left out.
-        label_columns: L names.
         mode: "per_label"; "global" for one threshold for all; "shrunk" for thresholds that hold on
-            other photos: averaged over bootstrap samples of groups, and drawn towards the global
-            one where positives are few.
+            other photos, averaged over bootstrap samples of `groups` (N,).
         beta: weight of recall against precision.
         min_precision: instead, the highest recall at this precision or better; not with "shrunk".
-        min_positives: a label with fewer falls back to the global threshold.
-        groups: (N,), which the bootstrap of "shrunk" draws whole; None draws rows.
-        seed: of that bootstrap.
-
-    Returns:
-        A line a label: threshold (present means prob >= threshold), score on the given data,
-        positives and source: "own", "shrunk", "global" or why it fell back.
+        min_positives: a label with fewer falls back to the global threshold; see "source".
     """
     _check_choice("mode", mode, ("per_label", "global", "shrunk"))
-    probs, targets = np.asarray(probs, float).T, np.asarray(targets, float).T  # (L, N)
-    if np.isnan(probs).any():
-        raise ValueError("probs holds NaN; leave out the images that could not be read.")
     if mode == "shrunk" and min_precision is not None:
         raise ValueError("min_precision goes with mode='per_label' or 'global'.")
-    pooled = probs.reshape(1, -1), targets.reshape(1, -1)
-    [common], [reached] = _best_cuts(*pooled, beta, min_precision)
-    own, score = _best_cuts(probs, targets, beta, min_precision)
-    positives = (targets >= 0.5).sum(1)
-    few, missed = f"global: fewer than {min_positives} positives", "global: precision not reached"
-    source = np.select([positives < min_positives, score < 0], [few, missed], "own")
-    if mode == "global":
-        source = np.full(len(score), "global" if reached >= 0 else missed)
-    is_own = source == "own"
+    targets, probs = _as_scored(targets, probs)
+    cuts, (*score, reached) = _best_cuts(targets, probs, beta, min_precision)
+    positives = (targets >= 0.5).sum(0)
     if mode == "shrunk" and positives.any():
-        index = np.arange(probs.shape[1]) if groups is None else pd.factorize(pd.Series(groups))[0]
-        own, common = _shrunk_cuts(probs, targets, index, beta, seed)
-        own, common = 1 / (1 + np.exp(-own)), 1 / (1 + np.exp(-common))
-        f_beta = functools.partial(fbeta_score, beta=beta, zero_division=0)
-        known = ~np.isnan(targets)
-        score = [f_beta(y[k] >= 0.5, p[k] >= t) for y, p, t, k in zip(targets, probs, own, known)]
-        source = np.where(is_own, "shrunk", source)
+        cuts = _shrunk_cuts(targets, probs, groups, beta, seed)
+        said = (probs >= cuts[:-1]) & ~np.isnan(targets)
+        right = (said & (targets >= 0.5)).sum(0)
+        score = (1 + beta**2) * right / (beta**2 * positives + said.sum(0)).clip(1e-12)
+    few, missed = f"global: fewer than {min_positives} positives", "global: precision not reached"
+    own = "shrunk" if mode == "shrunk" else "own"
+    source = np.select([positives < min_positives, np.less(score, 0)], [few, missed], own)
+    if mode == "global":
+        source = np.full(len(positives), "global" if reached >= 0 else missed)
     table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
-    table["threshold"] = np.where(is_own, own, common if reached >= 0 else 0.5)
-    table["score"] = np.where(is_own, score, np.nan)
+    table["threshold"] = np.where(source == own, cuts[:-1], cuts[-1] if reached >= 0 else 0.5)
+    table["score"] = np.where(source == own, score, np.nan)
     return table.assign(positives=positives, source=source)
 
 
 def to_panorama_level(
-    df: pd.DataFrame, label_columns: Sequence[str], probs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Combine halves to panoramas: targets (P, L) as `combine_halves`, the higher probability.
-
-    Returns:
-        targets and probs, one row a panorama, in order of first appearance.
-    """
-    images = df["image_path"].rename("image")
-    targets = combine_halves(pd.concat([images, df[list(label_columns)]], axis=1))
-    panorama = images.map(panorama_name)
-    highest = pd.DataFrame(probs).groupby(panorama.to_numpy(), sort=False).max()
-    return targets[list(label_columns)].to_numpy(float), highest.to_numpy()
+    df: pd.DataFrame, label_columns: Sequence[str], probs: Array
+) -> tuple[Array, Array]:
+    """Return the targets of `combine_halves` and the higher probability of both halves, (P, L)."""
+    images, labels = df["image_path"].rename("image"), list(label_columns)
+    targets = combine_halves(pd.concat([images, df[labels]], axis=1))
+    panorama = images.map(panorama_name).to_numpy()
+    highest = pd.DataFrame(probs).groupby(panorama, sort=False).max()
+    return targets[labels].to_numpy(float), highest.to_numpy()
 
 
 # ---------------------------------------------------------------- classifier
 
 
+@dataclass
 class _Views(Dataset):
-    """Images, paths or arrays as the views a model sees: (V, 3, H, W), or what went wrong."""
+    """Images, paths or arrays as the views (V, 3, H, W) of a model, their names, what is wrong."""
 
-    def __init__(
-        self, images: Sequence[Any], transform: Callable, panorama: bool, halves: bool
-    ) -> None:
-        self.images, self.transform = images, transform
-        self.panorama, self.halves = panorama, halves
-        self.size = _needed_size(transform)
+    images: Sequence[Any]
+    transform: Callable
+    panorama: bool
+    halves: bool
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def _open(self, item: Any) -> Image.Image:
-        if isinstance(item, (str, os.PathLike)):
-            height, width = self.size
-            return open_image(item, (height, 2 * width if self.halves else width))
-        image = item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item))
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        item = self.images[index]
-        name = _item_name(item, index)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str, str]:
+        item, (height, width) = self.images[index], _needed_size(self.transform)
+        name = str(item) if isinstance(item, (str, os.PathLike)) else f"image {index}"
         try:
-            image = self._open(item)
-            width, height = image.size
-            if self.panorama and abs(width - 2 * height) > 0.02 * width:
-                raise OSError(f"{name}: {width} × {height} px is no 2:1 panorama.")
+            image = open_image(item, (height, width * (1 + self.halves)))
+            if self.panorama and abs(image.width - 2 * image.height) > 0.02 * image.width:
+                raise OSError(f"{name}: {image.width} × {image.height} px is no 2:1 panorama.")
         except OSError as error:
-            return torch.full((1 + self.halves, 3, *self.size), torch.nan), str(error)
-        boxes = [(0, 0, width // 2, height), (width // 2, 0, width, height)]
-        parts = [image.crop(box) for box in boxes] if self.halves else [image]
-        return torch.stack([self.transform(part) for part in parts]), ""
+            return torch.full((1 + self.halves, 3, height, width), torch.nan), name, str(error)
+        edges = (0, image.width // 2, image.width) if self.halves else (0, image.width)
+        parts = [image.crop((a, 0, b, image.height)) for a, b in itertools.pairwise(edges)]
+        return torch.stack([self.transform(part) for part in parts]), name, ""
 
 
+@dataclass(eq=False, repr=False)
 class Classifier:
-    """A trained model with its labels, thresholds and view, ready to use.
+    """A trained model with its labels, thresholds and view, ready to use."""
 
-    Args:
-        model: from `build_model`.
-        labels: in the order of the logits.
-        thresholds: one a label; present means prob >= threshold.
-        view: "half" or "panorama", what the model was trained on.
-        panorama_thresholds: for whole panoramas answered by a half model; None: `thresholds`.
-        activation: "sigmoid", or "softmax" for classes that exclude each other: the most probable
-            one is present, and there are no thresholds.
-        flip: the thresholds were chosen for the mean over an image and its mirror image; so it
-            answers, in twice the time, unless `predict` is told otherwise.
-    """
+    model: nn.Module  # from `build_model`
+    labels: Sequence[str]  # in the order of its logits
+    thresholds: Sequence[float] = ()  # one per label; present means prob >= threshold
+    view: str = "half"  # or "panorama": what the model was trained on
+    panorama_thresholds: Sequence[float] | None = None  # of panoramas that a half model answers
+    activation: str = "sigmoid"  # "softmax": the most probable class is present, no thresholds
+    flip: bool = False  # answer with the mean over a photo and its mirror image, in twice the time
 
-    def __init__(
-        self,
-        model: nn.Module,
-        labels: Sequence[str],
-        thresholds: Sequence[float] = (),
-        view: str = "half",
-        panorama_thresholds: Sequence[float] | None = None,
-        activation: str = "sigmoid",
-        flip: bool = False,
-    ) -> None:
-        _check_choice("view", view, VIEWS)
-        _check_choice("activation", activation, ("sigmoid", "softmax"))
-        n_thresholds = len(labels) if activation == "sigmoid" else 0
-        if len(labels) != model.spec["num_labels"] or len(thresholds) != n_thresholds:
-            counts = f"{len(labels)} labels, {len(thresholds)} thresholds ({activation})"
-            raise ValueError(f"{counts} and {model.spec['num_labels']} logits do not match.")
-        self.labels, self.view, self.activation = list(labels), view, activation
-        self.flip = flip
-        self.thresholds = np.asarray(thresholds, float)
-        own = self.thresholds if panorama_thresholds is None else panorama_thresholds
-        self.panorama_thresholds = np.asarray(own, float)
-        if self.panorama_thresholds.shape != (n_thresholds,):
-            found = f"{len(own)} panorama_thresholds, {len(labels)} labels ({activation})"
-            raise ValueError(f"{found} do not match.")
+    def __post_init__(self) -> None:
+        _check_choice("view", self.view, VIEWS)
+        _check_choice("activation", self.activation, ("sigmoid", "softmax"))
+        model, whole = self.model, self.panorama_thresholds
+        self.labels, self.thresholds = list(self.labels), np.asarray(self.thresholds, float)
+        self.panorama_thresholds = np.asarray(self.thresholds if whole is None else whole, float)
+        counts = [len(x) for x in (self.labels, self.thresholds, self.panorama_thresholds)]
+        n, self.exclusive = model.spec["num_labels"], self.activation == "softmax"
+        if counts != ([n, 0, 0] if self.exclusive else [n, n, n]):
+            found = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
+            raise ValueError(f"{found} ({self.activation}) and {n} logits do not match.")
         self.device = _fastest_device()
         layout = torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
         self.model = model.to(self.device, memory_format=layout).eval()
         self.transform = make_transforms(model, train=False)
 
     def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
-        """Write best_model.pt and best_classifier.json (with the validation scores `metrics`).
-
-        In a script of several processes, call it in the main one only.
-        """
-        run_dir = Path(run_dir)
-        digest = _save_weights(self.model, run_dir / "best_model.pt")
-        config = self.model.data_config
-        modules = (torch, torchvision, timm, np, pd)
-        content = {"format_version": FORMAT_VERSION, **self.model.spec, "labels": self.labels}
-        content |= {"thresholds": self.thresholds.tolist()}
-        content |= {"panorama_thresholds": self.panorama_thresholds.tolist(), "view": self.view}
-        content |= {"activation": self.activation, "flip": self.flip}
-        content |= {k: config[k] for k in ("input_size", "mean", "std", "interpolation")}
-        content |= {"weights": "best_model.pt", "sha256": digest, "validation": metrics or {}}
-        content |= {"versions": {module.__name__: module.__version__ for module in modules}}
-        _write_json(run_dir / "best_classifier.json", content)
-        return run_dir / "best_classifier.json"
+        """Write model.safetensors and best_classifier.json; of several processes in one only."""
+        weights, path = Path(run_dir) / WEIGHTS, Path(run_dir) / "best_classifier.json"
+        content = {"format_version": FORMAT_VERSION, **self.model.spec, **self.model.data_config}
+        content |= {name: getattr(self, name) for name in ("labels", "view", "activation", "flip")}
+        for name in ("thresholds", "panorama_thresholds"):
+            content[name] = getattr(self, name).tolist()
+        content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
+        _write_json(path, content | {"validation": metrics or {}, "versions": versions})
+        return path
 
     @classmethod
     def from_validation(
@@ -3795,61 +3580,38 @@ class Classifier:
         probs: np.ndarray,
         view: str = "half",
         mode: str = "shrunk",
-        activation: str = "sigmoid",
-        flip: bool = False,
+        **options: Any,
     ) -> "Classifier":
-        """Make a classifier whose thresholds are those with the best F1 on validation.
-
-        Args:
-            val_set: the validation part.
-            probs: (N, L), what `model` says about it.
-            mode: "shrunk", "per_label" or "global", see `find_optimal_thresholds`.
-            activation: "softmax" for classes that exclude each other: they need no thresholds.
-            flip: `probs` are of the images and their mirror images, see `Trainer.predict`.
-        """
-        _check_choice("activation", activation, ("sigmoid", "softmax"))
-        labels, targets = val_set.label_columns, val_set.targets
-        if activation == "softmax":
-            return cls(model, labels, view=view, activation=activation, flip=flip)
+        """Take the thresholds with the best F1 of `probs` (N, L) on validation."""
+        labels, options = val_set.label_columns, {"view": view, **options}
+        if options.get("activation", "sigmoid") != "sigmoid":
+            return cls(model, labels, **options)
         find = functools.partial(find_optimal_thresholds, label_columns=labels, mode=mode)
-        own = find(probs, targets, groups=val_set.groups)["threshold"]
+        own = find(probs, val_set.targets, groups=val_set.groups)["threshold"]
         if view == "panorama":
-            return cls(model, labels, own, view, flip=flip)
-        images = pd.DataFrame({"image_path": [str(path) for path in val_set.paths]})
-        whole = to_panorama_level(images.join(pd.DataFrame(targets, columns=labels)), labels, probs)
-        panorama = find(whole[1], whole[0])["threshold"]
-        return cls(model, labels, own, view, panorama.to_numpy(), flip=flip)
+            return cls(model, labels, own, **options)
+        df = pd.DataFrame(val_set.targets, columns=labels)
+        df.insert(0, "image_path", [str(path) for path in val_set.paths])
+        targets, highest = to_panorama_level(df, labels, probs)
+        whole = find(highest, targets)["threshold"]
+        return cls(model, labels, own, panorama_thresholds=whole, **options)
 
     @classmethod
     def load(cls, path: str | os.PathLike, labels: Sequence[str] | None = None) -> "Classifier":
-        """Load best_classifier.json and the weights beside it; safe with files from strangers.
-
-        Args:
-            labels: those it must have, in this order; None takes what it has.
-
-        Raises:
-            FileNotFoundError: the file or its weights are missing.
-            ValueError: the file is no such description, the weights are not those it names, or
-                its labels are others.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; run training.ipynb to make it.")
+        """Load a best_classifier.json with these labels (None: any); safe with strangers' files."""
+        path = _need_file(path, "run training.ipynb to make it")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and content.get("format_version") == 1:
+            content = {"flip": False} | json.loads(path.read_text(encoding="utf-8"))
+            if content["format_version"] == 1:
                 content |= {"activation": "sigmoid"}
-            if isinstance(content, dict):
-                content.setdefault("flip", False)  # files that are older than the option
             _check_description(content)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no valid best_classifier.json: {error}") from None
         if labels is not None:
             _check_labels(path, content["labels"], list(labels))
-        weights = path.parent / content["weights"]
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights}: missing; keep it beside {path.name}.")
-        if hashlib.sha256(weights.read_bytes()).hexdigest() != content["sha256"]:
+        weights = _need_file(path.parent / content["weights"], f"keep it beside {path.name}")
+        stored = weights.read_bytes()
+        if hashlib.sha256(stored).hexdigest() != content["sha256"]:
             raise ValueError(f"{weights}: not the file that {path.name} was saved with (sha256).")
         kwargs = {key: content[key] for key in ("num_labels", "head", "img_size")}
         names = ("labels", "thresholds", "view", "panorama_thresholds", "activation", "flip")
@@ -3860,8 +3622,9 @@ class Classifier:
             classifier = cls(model, **{name: content[name] for name in names})
         except Exception as error:  # a stranger's values may fail anywhere inside timm
             raise ValueError(f"{path}: no model can be made of it ({error}).") from None
+        read = safetensors.torch.load if content["format_version"] >= 3 else _read_pickled
         try:
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            model.load_state_dict(read(stored))
         except Exception as error:
             fit = f"does not fit {content['model_name']}, or is no plain state dict"
             raise ValueError(f"{weights}: {fit} ({type(error).__name__}).") from None
@@ -3875,129 +3638,84 @@ class Classifier:
         num_workers: int = 0,
         unreadable: str = "raise",
         flip: bool | None = None,
+        panorama: bool = False,
     ) -> pd.DataFrame:
-        """Classify images as they are.
+        """Classify images as they are: one line each with a 0/1 decision and LABEL_prob per label.
 
         Args:
             images: a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
             unreadable: "raise", or "skip" to leave files out; `.attrs["unreadable"]` lists them.
             flip: look at the mirror images, too; False is twice as fast, None as it was saved.
-
-        Returns:
-            A line an image: image, then a 0/1 decision a label, then LABEL_prob.
+            panorama: see `predict_panorama`.
         """
-        options = batch_size, num_workers, unreadable, flip
-        names, probs, errors = self._predict(images, False, *options)
-        table = self._table(probs[:, 0], self.thresholds)
-        table.insert(0, "image", names)
+        _check_choice("unreadable", unreadable, ("raise", "skip"))
+        flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
+        views = _Views(_as_items(images), self.transform, panorama, halves)
+        loader = make_loader(views, batch_size, num_workers=num_workers)
+        probs, names, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
+        with torch.inference_mode(), _autocast(self.model, self.device):
+            for batch, found, problems in tqdm(loader, "classifying", leave=False, delay=2):
+                errors += filter(None, problems)
+                if errors and unreadable == "raise":
+                    raise OSError(errors[0])
+                good = [not problem for problem in problems]
+                logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip)
+                answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                probs.append(answers[good])
+                names += itertools.compress(found, good)
+        table = self._table(names, np.concatenate(probs), panorama)
         table.attrs["unreadable"] = errors
         return table
 
     def predict_panorama(
-        self,
-        images: Any,
-        batch_size: int = 16,
-        num_workers: int = 0,
-        unreadable: str = "raise",
-        flip: bool | None = None,
+        self, images: Any, batch_size: int = 16, *options: Any, **named: Any
     ) -> pd.DataFrame:
-        """Classify whole 2:1 panoramas; arguments as in `predict`.
+        """Classify whole 2:1 panoramas, as `predict`, with a column part.
 
-        Returns:
-            As `predict`, with a column part. A model of halves answers for "left", "right" and
-            "panorama": there a label's probability is the higher of both halves and the decision
-            uses the thresholds tuned for panoramas; classes that exclude each other get the mean
-            of both halves. A model of panoramas answers once.
+        A model of halves answers for "left", "right" and "panorama": the higher probability of both
+        (softmax: the mean) against thresholds that were tuned for panoramas.
         """
-        halves = self.view == "half"
-        options = batch_size, num_workers, unreadable, flip
-        names, probs, errors = self._predict(images, True, *options)
-        whole = self.panorama_thresholds if halves else self.thresholds
-        tables = [self._table(probs[:, i], self.thresholds) for i in range(2 if halves else 0)]
-        joint = probs.mean(1) if self.activation == "softmax" else probs.max(1)
-        tables.append(self._table(joint, whole))
-        parts = ["left", "right", "panorama"] if halves else ["panorama"]
-        for part, table in zip(parts, tables):
-            table.insert(0, "image", names)
-            table.insert(1, "part", part)
-        table = pd.concat(tables).sort_index(kind="stable").reset_index(drop=True)
-        table.attrs["unreadable"] = errors
-        return table
+        return self.predict(images, batch_size, *options, panorama=True, **named)
+
+    def _table(self, names: Sequence[str], probs: np.ndarray, panorama: bool) -> pd.DataFrame:
+        """Return one line per image and view of `probs` (N, V, L), and one for both halves."""
+        parts, cuts = ["panorama"], self.thresholds
+        if probs.shape[1] == 2:
+            parts, cuts = ["left", "right", "panorama"], [cuts, cuts, self.panorama_thresholds]
+            joint = probs.mean(1) if self.exclusive else probs.max(1)
+            probs = np.concatenate([probs, joint[:, None]], axis=1)
+        rows = probs.reshape(-1, len(self.labels))
+        present = _most_probable(rows) if self.exclusive else (probs >= cuts).reshape(rows.shape)
+        table = pd.DataFrame(present.astype(int), columns=self.labels)
+        table.insert(0, "image", [name for name in names for _ in parts])
+        if panorama:
+            table.insert(1, "part", parts * len(names))
+        return table.join(pd.DataFrame(rows, columns=[f"{name}_prob" for name in self.labels]))
 
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
-        """Show where the model looks for a label.
+        """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
 
-        CSRA: its class-specific attention. ML-Decoder: the cross-attention of the label's query.
-        Linear: the class activation map. `overlay_heat_map` draws it over the photo.
-
-        Args:
-            image: a PIL image, an array (H, W, 3) or a path.
-            panorama: a whole 2:1 panorama; a model of halves looks at both halves, which are put
-                together again, each as strong as its probability.
-
-        Returns:
-            (H, W), or (H, 2W) for a panorama cut into halves, in pixels of the model's input;
-            from 0 to 1, the strongest position.
-
-        Raises:
-            ValueError: unknown label.
+        The attention of the head (linear: the class activation map), in as many cells as the model
+        has positions: see `count_cells`, `overlay_heat_map`. Of a panorama, the maps of a model of
+        halves are put side by side, (H, 2W), each as strong as its probability.
         """
         _check_choice("label", label, self.labels)
-        halves = panorama and self.view == "half"
-        views, problem = _Views([image], self.transform, panorama, halves)[0]
+        halves, index = panorama and self.view == "half", self.labels.index(label)
+        views, _, problem = _Views([image], self.transform, panorama, halves)[0]
         if problem:
             raise OSError(problem)
-        index, views = self.labels.index(label), views.to(self.device)
+        views = views.to(self.device)
         with torch.inference_mode():
-            maps = _label_maps(self.model, views, index)
-            probs = _to_probs(self.model(views), self.activation == "softmax")[:, index]
-        probs = torch.tensor(probs, device=maps.device).view(-1, 1, 1)
-        maps = F.interpolate(maps[:, None], views.shape[2:], mode="bilinear")[:, 0]
-        maps = maps - maps.amin((1, 2), True)
-        maps = (
-            maps / maps.amax((1, 2), True).clamp(min=1e-12) * probs / probs.max().clamp(min=1e-12)
-        )
-        return torch.cat(list(maps), dim=1).cpu().numpy()  # side by side
-
-    def _predict(
-        self,
-        images: Any,
-        panorama: bool,
-        batch_size: int,
-        num_workers: int,
-        unreadable: str,
-        flip: bool | None,
-    ) -> tuple[list[str], np.ndarray, list[str]]:
-        """Return names, probabilities (N, V, L) and error messages."""
-        flip = self.flip if flip is None else flip
-        _check_choice("unreadable", unreadable, ("raise", "skip"))
-        halves = panorama and self.view == "half"
-        items = _as_items(images)
-        names = [_item_name(item, i) for i, item in enumerate(items)]
-        views = _Views(items, self.transform, panorama, halves)
-        loader = make_loader(views, batch_size, num_workers=num_workers)
-        bar = tqdm(loader, desc="classifying", leave=False, delay=2)
-        probs, good, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
-        with torch.inference_mode(), _autocast(self.model, self.device):
-            for views, messages in bar:
-                good += [not message for message in messages]
-                errors += [message for message in messages if message]
-                if errors and unreadable == "raise":
-                    raise OSError(errors[0])
-                logits = _look(self.model, views.flatten(0, 1).to(self.device), flip)
-                found = _to_probs(logits, self.activation == "softmax")
-                probs.append(found.reshape(*views.shape[:2], -1))
-        probs = np.concatenate(probs)
-        return [name for name, ok in zip(names, good) if ok], probs[np.array(good, bool)], errors
-
-    def _table(self, probs: np.ndarray, thresholds: np.ndarray) -> pd.DataFrame:
-        present = _most_probable(probs) if self.activation == "softmax" else probs >= thresholds
-        decisions = pd.DataFrame(present.astype(int), columns=self.labels)
-        return decisions.join(pd.DataFrame(probs, columns=[f"{name}_prob" for name in self.labels]))
+            maps = _label_maps(self.model, views, index).cpu()
+            probs = _to_probs(self.model(views), self.exclusive)[:, index]
+        maps = F.interpolate(maps[:, None], views.shape[2:])[:, 0].numpy()
+        maps = maps - maps.min((1, 2), keepdims=True)
+        strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
+        return np.concatenate(list(maps * strength[:, None, None]), axis=1)
 
 
-def _item_name(item: Any, index: int) -> str:
-    return str(item) if isinstance(item, (str, os.PathLike)) else f"image {index}"
+def _read_pickled(stored: bytes) -> dict[str, torch.Tensor]:
+    return torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
 
 
 def _as_items(images: Any) -> list[Any]:
@@ -4013,134 +3731,139 @@ def _as_items(images: Any) -> list[Any]:
 
 
 def _check_labels(path: Path, found: list[str], wanted: list[str]) -> None:
+    wrong = [(i, *pair) for i, pair in enumerate(zip(found, wanted), 1) if pair[0] != pair[1]]
+    problem = "its label {} is {!r}, not {!r}".format(*wrong[0]) if wrong else ""
     if len(found) != len(wanted):
         problem = f"it knows {len(found)} labels, not the {len(wanted)} wanted"
-    elif found != wanted:
-        i = next(i for i, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1])
-        problem = f"its label {i + 1} is {found[i]!r}, not {wanted[i]!r}"
-    else:
-        return
-    raise ValueError(f"{path}: {problem}; train on the same partitions to compare.")
+    if problem:
+        raise ValueError(f"{path}: {problem}; train on the same partitions to compare.")
 
 
 def _check_description(content: dict) -> None:
     """Refuse a best_classifier.json that is broken or would reach outside its folder."""
-    if content["format_version"] not in (1, FORMAT_VERSION):
-        expected = f"expected 1 or {FORMAT_VERSION}"
-        raise ValueError(f"format_version {content['format_version']}, {expected}.")
-    needed = {"model_name": str, "head": str, "num_labels": int, "labels": list, "thresholds": list}
-    needed |= {"weights": str, "sha256": str, "view": str, "model_kwargs": dict, "img_size": list}
-    needed |= {"panorama_thresholds": list, "mean": list, "std": list, "interpolation": str}
-    needed |= {"head_kwargs": dict, "activation": str, "flip": bool}
-    for key, kind in needed.items():
-        if key not in content:
-            raise ValueError(f"{key} is missing.")
-        if not isinstance(content[key], kind):
-            raise ValueError(f"{key} should be a {kind.__name__}.")
-    if Path(content["weights"]).name != content["weights"] or "\\" in content["weights"]:
-        raise ValueError("weights must be a file name beside it, not a path.")
-    if not timm.is_model(content["model_name"]):
-        raise ValueError(f"timm has no model {content['model_name']!r}.")
-    _check_choice("head", content["head"], HEADS)
-    unknown = content["head_kwargs"].keys() - _head_options(content["head"])
-    if unknown:
-        raise ValueError(f"the {content['head']} head has no option {_some(sorted(unknown))}.")
+    version, newest = content["format_version"], FORMAT_VERSION
+    if version not in range(1, newest + 1):
+        raise ValueError(f"format_version {version}, expected 1 to {newest}.")
+    kinds = {str: "model_name head weights sha256 view activation interpolation", bool: "flip"}
+    kinds |= {list: "labels img_size thresholds panorama_thresholds mean std", int: "num_labels"}
+    kinds |= {dict: "model_kwargs head_kwargs"}
+    for kind, key in ((kind, key) for kind, keys in kinds.items() for key in keys.split()):
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"{key} is missing or no {kind.__name__}.")
+    name, weights, labels = (content[key] for key in ("model_name", "weights", "labels"))
+    texts = {label for label in labels if isinstance(label, str)}
+    numbers = [v for k in ("thresholds", "panorama_thresholds", "mean", "std") for v in content[k]]
+    finite = all(type(v) in (int, float) and np.isfinite(v) for v in numbers)
+    rgb = len(content["mean"]) == len(content["std"]) == 3
     sizes = [v for k, v in content["head_kwargs"].items() if k not in ("lam", "dropout")]
-    if not all(v is None or type(v) is int and 0 < v <= 16_384 for v in sizes):
-        raise ValueError("head_kwargs should be whole numbers from 1 to 16384.")
-    labels = content["labels"]
-    if len(labels) != content["num_labels"]:
-        raise ValueError(f"{len(labels)} labels, but num_labels is {content['num_labels']}.")
-    if len(set(labels)) < len(labels) or not all(isinstance(label, str) for label in labels):
-        raise ValueError("labels should be different texts.")
-    for key in ("thresholds", "panorama_thresholds", "mean", "std"):
-        if not all(type(v) in (int, float) and np.isfinite(v) for v in content[key]):
-            raise ValueError(f"{key} should be numbers.")
-    if not len(content["mean"]) == len(content["std"]) == 3 or min(content["std"]) <= 0:
-        raise ValueError("mean and std should be three numbers, std above 0.")
     reaching = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
     reaching |= {"name", "pretrained", "num_labels", "head", "img_size", "features_only"}
-    reaching &= set(content["model_kwargs"])
-    if reaching:
-        raise ValueError(f"model_kwargs may not hold {_some(sorted(reaching))}.")
+    reaching &= content["model_kwargs"].keys() | content["head_kwargs"].keys()
+    rules = {
+        "weights must be a file name beside it": Path(weights).name == weights.replace("\\", "/"),
+        f"timm has no model {name!r}": timm.is_model(name),
+        f"{len(labels)} labels are not num_labels": len(labels) == content["num_labels"],
+        "labels should be different texts": len(texts) == len(labels),
+        "thresholds, mean and std should be numbers": finite,
+        "mean and std should be three, std above 0": rgb and finite and min(content["std"]) > 0,
+        "head_kwargs should be whole numbers from 1 to 16384": all(
+            v is None or type(v) is int and 0 < v <= 16_384 for v in sizes
+        ),
+        f"model_kwargs may not hold {_some(sorted(reaching))}": not reaching,
+    }
+    problem = next((problem for problem, is_met in rules.items() if not is_met), None)
+    if problem:
+        raise ValueError(f"{problem}.")
 
 
 # ---------------------------------------------------------------- plots
 
 
 def show_images(
-    images: Sequence[Any], titles: Sequence[str] | None = None, columns: int = 4, width: float = 2.6
+    images: Sequence[Any],
+    titles: Sequence[str] | None = None,
+    columns: int = 4,
+    width: float = 2.6,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    bar: str = "",
 ) -> plt.Figure:
-    """Draw images (paths, PIL, arrays or normalised tensors) in a grid `columns` wide.
+    """Draw images (paths, PIL, arrays or tensors), each `width` inches wide, in a grid.
 
-    Args:
-        images: tensors (3, H, W) are stretched to their own range of values.
-        width: inches an image.
+    Normalised tensors (3, H, W) are drawn as `x * std + mean`. `bar` names a colour bar of heat
+    maps, see `overlay_heat_map`.
     """
-    pictures = [_as_picture(image) for image in images]
+    pictures = [_as_picture(image, mean, std) for image in images]
+    lines = [str(title).splitlines() for title in titles or [""] * len(pictures)]
+    texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in found) for found in lines]
     rows = -(-len(pictures) // columns)
-    height = 0.35 + width * max(p.shape[0] / p.shape[1] for p in pictures)
+    height = 0.2 + 0.14 * (1 + max(text.count("\n") for text in texts))
+    height += width * max(p.shape[0] / p.shape[1] for p in pictures)
     options = {"figsize": (columns * width, rows * height), "squeeze": False}
     figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture, title in zip(axes.flat, pictures, titles or [""] * len(pictures)):
+    for axis, picture, text in zip(axes.flat, pictures, texts):
         axis.imshow(picture)
-        axis.set_title(title, fontsize=8)
+        axis.set_title(text, fontsize=8)
+    if bar:
+        figure.colorbar(plt.cm.ScalarMappable(cmap="plasma"), ax=axes, label=bar, shrink=0.8)
     return figure
 
 
-def _as_picture(image: Any) -> np.ndarray:
-    if isinstance(image, torch.Tensor):
-        low, high = image.amin((1, 2), True), image.amax((1, 2), True)
-        return ((image - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).cpu().numpy()
-    if isinstance(image, (str, os.PathLike)):
-        image = open_image(image, (384, 384))
-    return np.asarray(image)
+def _as_picture(image: Any, mean: Any, std: Any) -> np.ndarray:
+    if not isinstance(image, torch.Tensor):
+        is_path = isinstance(image, (str, os.PathLike))
+        return np.asarray(open_image(image, (384, 384)) if is_path else image)
+    picture = image.cpu().numpy().transpose(1, 2, 0)
+    if mean is None and (picture.min() < 0 or picture.max() > 1):
+        raise ValueError("a tensor holds values outside 0 to 1; give its mean and std.")
+    return picture if mean is None else (picture * std + mean).clip(0, 1)
 
 
 def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> np.ndarray:
-    """Return a photo (H, W, 3) under a heat map, both at the size of the heat map.
+    """Return a photo (H, W, 3) under a heat map from 0 to 1, whose cells stay cells.
 
-    Args:
-        image: a path, a PIL image or an array.
-        heat_map: (H, W) from 0 to 1, see `Classifier.explain`.
-        opacity: of the hottest place; where nothing is, the photo shows through.
+    `opacity` is that of the hottest place; where nothing is, the photo shows through.
     """
-    height, width = heat_map.shape
-    photo = open_image(image, (height, width)) if isinstance(image, (str, os.PathLike)) else image
-    photo = photo if isinstance(photo, Image.Image) else Image.fromarray(np.asarray(photo))
-    pixels = np.asarray(_to_rgb(photo).resize((width, height)), float) / 255
-    alpha = opacity * heat_map[..., None]
-    return np.rint(255 * ((1 - alpha) * pixels + alpha * plt.cm.plasma(heat_map)[..., :3])).astype(
-        np.uint8
-    )
+    photo = open_image(image, (384, 384))
+    cells = Image.fromarray(np.asarray(heat_map, np.float32))
+    heat = np.asarray(cells.resize(photo.size, Image.Resampling.NEAREST))
+    alpha = opacity * heat[..., None].astype(float)
+    drawn = (1 - alpha) * np.asarray(photo, float) / 255 + alpha * plt.cm.plasma(heat)[..., :3]
+    return np.rint(255 * drawn).astype(np.uint8)
+
+
+def count_cells(heat_map: np.ndarray) -> str:
+    """Say on how many cells a heat map of `Classifier.explain` was made, e.g. "4 × 4 cells"."""
+    edges = [(np.diff(heat_map, axis=axis) != 0).any(1 - axis) for axis in (0, 1)]
+    return "{} × {} cells".format(*(1 + edge.sum() for edge in edges))
 
 
 def plot_comparison(table: pd.DataFrame) -> plt.Figure:
-    """Draw the AP differences of `compare_scores` with their 95 % intervals."""
+    """Draw the AP differences of `compare_scores` with their 95 % intervals, the mAP apart."""
     order = [*table.index.drop("mAP")[np.argsort(table["difference"].drop("mAP"))], "mAP"]
     rows = table.loc[order]
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(rows) + 0.9), layout="constrained")
     error = np.stack([rows["difference"] - rows["low"], rows["high"] - rows["difference"]])
     axis.errorbar(rows["difference"], order, xerr=error.clip(0), fmt="o", color="tab:blue")
     axis.axvline(0, ls=":", color="grey")
-    axis.set_xlabel("difference in average precision to the baseline, 95 % interval")
+    axis.axhline(len(rows) - 1.5, lw=0.5, color="grey")
+    axis.set_xlabel("← baseline better   difference in AP, 95 % interval   this model better →")
     return figure
 
 
 def plot_history(history: pd.DataFrame) -> plt.Figure:
-    """Draw the losses and the validation score of a training run, with its best epoch.
-
-    The score is the top-1 accuracy of classes that exclude each other, else the mAP.
-    """
+    """Draw the losses and the validation score (top-1 accuracy or mAP), with the best epoch."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for column in ("train_loss", "val_loss"):
-        sns.lineplot(history, x="epoch", y=column, ax=left, label=column)
+    for column, name in (("train_loss", "training"), ("val_loss", "validation")):
+        left.plot(history["epoch"], history[column], label=name)
     score = "val_top1" if "val_top1" in history else "val_mAP"
-    sns.lineplot(history, x="epoch", y=score, ax=right, color="tab:green")
+    right.plot(history["epoch"], history[score], color="tab:green")
     best = history.loc[history[score].idxmax()]
     right.axvline(best["epoch"], ls=":", color="grey")
     right.set_title(f"best: {best[score]:.3f} in epoch {best['epoch']:.0f}")
-    left.set(ylabel="loss", title="loss")
+    left.set(xlabel="epoch", ylabel="loss")
+    right.set(xlabel="epoch", ylabel=score.replace("val_", "validation ").replace("top1", "top-1"))
+    left.legend()
     return figure

@@ -5,10 +5,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -76,7 +79,8 @@ def test_loaded_classifier_predicts_bit_for_bit_the_same(classifier, saved, phot
 
 def test_description_holds_everything_it_takes_to_build_the_model_again(saved):
     content = json.loads(saved.read_text(encoding="utf-8"))
-    assert content["format_version"] == 2
+    assert content["format_version"] == 3
+    assert content["weights"] == "model.safetensors"
     assert content["activation"] == "sigmoid"
     assert content["model_name"] == "swinv2_tiny_window8_256"
     assert content["model_kwargs"] == SWIN
@@ -98,7 +102,7 @@ def test_description_holds_everything_it_takes_to_build_the_model_again(saved):
 
 
 def test_saved_weights_are_a_plain_state_dict(classifier, saved):
-    state = torch.load(saved.parent / "best_model.pt", weights_only=True)
+    state = safetensors.torch.load_file(saved.parent / "model.safetensors")
     assert state.keys() == classifier.model.state_dict().keys()
     assert all(type(weight) is torch.Tensor for weight in state.values())
 
@@ -106,7 +110,7 @@ def test_saved_weights_are_a_plain_state_dict(classifier, saved):
 def test_saving_leaves_nothing_but_the_two_files(classifier, tmp_path):
     classifier.save(tmp_path / "new" / "run")
     names = sorted(path.name for path in (tmp_path / "new" / "run").iterdir())
-    assert names == ["best_classifier.json", "best_model.pt"]
+    assert names == ["best_classifier.json", "model.safetensors"]
 
 
 def test_folder_of_a_classifier_can_be_moved(saved, photos, tmp_path):
@@ -138,6 +142,21 @@ def test_unknown_view_is_refused(view):
 def test_panorama_thresholds_must_match_in_number():
     with pytest.raises(ValueError, match="match"):
         du.Classifier(tiny_model(), LABELS, THRESHOLDS, "half", [0.5, 0.5])
+
+
+def test_two_files_and_the_helper_are_all_it_takes(classifier, saved, photos, tmp_path):
+    """In an empty folder and a fresh Python, as somebody else would use it."""
+    for file in (du.__file__, saved, saved.parent / "model.safetensors"):
+        shutil.copy(file, tmp_path)
+    script = (
+        "import sys; from data_utils import Classifier; "
+        "c = Classifier.load('best_classifier.json'); "
+        "print(c.predict(sys.argv[1])[c.labels].iloc[0].tolist())"
+    )
+    command = [sys.executable, "-c", script, str(photos[1][0])]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    expected = classifier.predict(photos[1][0])[LABELS].iloc[0].tolist()
+    assert json.loads(result.stdout) == expected
 
 
 # ---------------------------------------------------------------- predict
@@ -386,7 +405,9 @@ def refused(path, *errors, match=None):
     with pytest.raises(errors or ValueError, match=match) as caught:
         du.Classifier.load(path)
     message = str(caught.value)
-    assert re.search(r"best_classifier\.json|best_model\.pt|gone\.pt|stranger", message), message
+    assert re.search(
+        r"best_classifier\.json|model\.safetensors|best_model\.pt|gone\.pt|stranger", message
+    ), message
     assert len(message) < 600
     assert "\n" not in message.strip()
     return message
@@ -400,16 +421,16 @@ def test_untouched_copy_loads(saved, tmp_path):
 @pytest.mark.parametrize("kind", ["parent", "absolute", "folder", "backslash", "link-like"])
 def test_weights_outside_the_folder_are_refused(saved, tmp_path, kind):
     names = {
-        "parent": "../best_model.pt",
-        "absolute": str(tmp_path / "best_model.pt"),
-        "folder": "inner/best_model.pt",
-        "backslash": "..\\best_model.pt",
-        "link-like": "./../best_model.pt",
+        "parent": "../model.safetensors",
+        "absolute": str(tmp_path / "model.safetensors"),
+        "folder": "inner/model.safetensors",
+        "backslash": "..\\model.safetensors",
+        "link-like": "./../model.safetensors",
     }
     path = tamper(saved, tmp_path, weights=names[kind])
     (path.parent / "inner").mkdir()
     for folder in (tmp_path, path.parent / "inner"):  # there is a valid file to be found
-        shutil.copy(saved.parent / "best_model.pt", folder)
+        shutil.copy(saved.parent / "model.safetensors", folder)
     assert "weights must be a file name" in refused(path)
 
 
@@ -420,11 +441,32 @@ def test_weights_that_are_no_file_are_refused(saved, tmp_path, name):
 
 def test_changed_weights_are_refused(saved, tmp_path):
     path = tamper(saved, tmp_path)
-    weights = path.parent / "best_model.pt"
+    weights = path.parent / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    assert "best_model.pt" in refused(path, match="sha256")
+    assert "model.safetensors" in refused(path, match="sha256")
+
+
+def as_version_2(path, write):
+    """Give a saved classifier the weight file of format version 2, which `write` makes."""
+    weights = path.parent / "best_model.pt"
+    write(safetensors.torch.load_file(path.parent / "model.safetensors"), weights)
+    (path.parent / "model.safetensors").unlink()
+    content = json.loads(path.read_text(encoding="utf-8")) | {"format_version": 2}
+    content |= {"weights": weights.name}
+    content |= {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return weights
+
+
+def test_file_of_version_2_with_its_pickled_weights_still_loads(saved, classifier, tmp_path):
+    path = tamper(saved, tmp_path)
+    as_version_2(path, torch.save)
+    loaded = du.Classifier.load(path)
+    pd.testing.assert_frame_equal(loaded.predict(picture(1)), classifier.predict(picture(1)))
+    again = loaded.save(tmp_path / "again")
+    assert json.loads(again.read_text())["format_version"] == 3
 
 
 class Attack:
@@ -440,13 +482,12 @@ class Attack:
 @pytest.mark.parametrize("place", ["whole", "beside the weights"])
 def test_pickle_with_code_is_refused_and_not_run(saved, tmp_path, place):
     path = tamper(saved, tmp_path)
-    weights = path.parent / "best_model.pt"
     attack = Attack(tmp_path / "pwned")
-    state = torch.load(weights, weights_only=True)
-    torch.save(attack if place == "whole" else {**state, "extra": attack}, weights)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    path.write_text(json.dumps(content), encoding="utf-8")
+
+    def write(state, weights):
+        torch.save(attack if place == "whole" else {**state, "extra": attack}, weights)
+
+    weights = as_version_2(path, write)
     refused(path, match=r"best_model\.pt")
     assert not (tmp_path / "pwned").exists()
     torch.load(weights, weights_only=False)  # and it would have run
@@ -458,12 +499,33 @@ def test_pickle_with_code_is_refused_and_not_run(saved, tmp_path, place):
 )
 def test_weights_of_something_else_are_refused(saved, tmp_path, content):
     path = tamper(saved, tmp_path)
-    weights = path.parent / "best_model.pt"
-    torch.save(content, weights)
-    described = json.loads(path.read_text(encoding="utf-8"))
-    described["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    path.write_text(json.dumps(described), encoding="utf-8")
+    as_version_2(path, lambda _, weights: torch.save(content, weights))
     refused(path, match=r"best_model\.pt: does not fit swinv2_tiny_window8_256")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "other tensors", "empty", "huge header"])
+def test_no_weights_but_tensors_are_read_from_a_safetensors_file(saved, tmp_path, kind):
+    path = tamper(saved, tmp_path)
+    weights = path.parent / "model.safetensors"
+    attack = Attack(tmp_path / "pwned")
+    if kind == "pickle":
+        torch.save(attack, weights)
+    elif kind == "other tensors":
+        safetensors.torch.save_file({"head": torch.zeros(2)}, weights)
+    else:
+        weights.write_bytes(b"" if kind == "empty" else b"\xff" * 100)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    path.write_text(json.dumps(content), encoding="utf-8")
+    refused(path, match=r"model\.safetensors: does not fit swinv2_tiny_window8_256")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("option", ["checkpoint_path", "cache_dir", "pretrained_cfg_overlay"])
+def test_head_options_cannot_reach_out_either(saved, tmp_path, option):
+    """They go the same way into timm as those of the model."""
+    message = refused(tamper(saved, tmp_path, head_kwargs={option: None}))
+    assert option in message
 
 
 @pytest.mark.parametrize(
@@ -587,7 +649,7 @@ def test_missing_entry_is_named(saved, tmp_path, key):
     assert key in refused(tamper(saved, tmp_path, remove=[key]))
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 4, "1", None, [1]])
 def test_other_format_versions_are_refused_with_both_numbers(saved, tmp_path, version):
     message = refused(tamper(saved, tmp_path, format_version=version))
     assert f"format_version {version}" in message
@@ -627,8 +689,8 @@ def test_missing_description_names_the_notebook_that_makes_it(tmp_path):
 
 def test_missing_weights_are_named(saved, tmp_path):
     path = tamper(saved, tmp_path)
-    (path.parent / "best_model.pt").unlink()
-    refused(path, FileNotFoundError, match=r"best_model\.pt: missing")
+    (path.parent / "model.safetensors").unlink()
+    refused(path, FileNotFoundError, match=r"model\.safetensors: no such file; keep it beside")
 
 
 def test_model_that_answers_with_nan_loses_no_photo(photos):

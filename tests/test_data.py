@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -232,6 +233,15 @@ def test_missing_file_is_named(tmp_path):
 def test_folder_in_place_of_a_file_is_named(tmp_path):
     with pytest.raises(OSError, match=tmp_path.name):
         du.open_image(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["image", "array"])
+def test_what_is_open_already_becomes_upright_rgb_too(kind):
+    image = quadrants().convert("RGBA" if kind == "image" else "RGB")
+    given = image if kind == "image" else np.asarray(image)
+    opened = du.open_image(given, (10, 10))
+    assert (opened.mode, opened.size) == ("RGB", (96, 64))
+    assert_quadrants(opened, 0)
 
 
 # ---------------------------------------------------------------- RandomHorizontalRoll
@@ -661,3 +671,64 @@ def test_spawned_workers_load_cache_and_augment(partition, tmp_path):
     assert augmented.shape == (4, 3, 16, 32)
     for one, other in [(0, 1), (0, 2), (1, 3)]:
         assert not torch.equal(augmented[one], augmented[other])
+
+
+# ---------------------------------------------------------------- pictures of tensors
+
+
+def drawn(figure):
+    return [axis.images[0].get_array() for axis in figure.axes if axis.images]
+
+
+def test_normalised_tensor_is_drawn_in_the_colours_of_its_photo():
+    """A dull photo stays dull: no channel is stretched to its own range."""
+    photo = Image.fromarray(np.asarray(noise(32, 32)) // 4 + 60)
+    tensor = du.make_transforms(PlainModel(), train=False)(photo)
+    config = PlainModel().data_config
+    figure = du.show_images([tensor], mean=config["mean"], std=config["std"])
+    assert np.abs(255 * drawn(figure)[0] - np.asarray(photo)).max() < 1
+    plt.close(figure)
+
+
+def test_tensor_without_mean_and_std_must_be_a_picture_already():
+    picture = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    figure = du.show_images([picture])
+    np.testing.assert_array_equal(drawn(figure)[0], picture.permute(1, 2, 0))
+    plt.close(figure)
+    for value in (-0.5, 1.5):
+        with pytest.raises(ValueError, match="outside 0 to 1; give its mean and std"):
+            du.show_images([picture, torch.full((3, 4, 4), value)])
+
+
+def test_values_that_normalisation_cannot_give_are_clipped():
+    figure = du.show_images([torch.full((3, 2, 2), 9.0)], mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert (drawn(figure)[0] == 1).all()
+    plt.close(figure)
+
+
+def test_captions_hold_all_labels_between_words_and_keep_their_lines():
+    title = "Grass, Water, [Lvl2] Lily, Trees, Building, Sun, Hills, Boardwalk\nsecond line"
+    figure = du.show_images([quadrants()] * 2, [title, "short"], columns=2, width=1.5)
+    text = figure.axes[0].get_title()
+    assert text.replace("\n", " ") == title.replace("\n", " ")
+    assert all(len(line) <= 21 for line in text.splitlines())
+    assert text.splitlines()[-1] == "second line"
+    plt.close(figure)
+
+
+def test_heat_map_of_four_cells_is_drawn_as_four_cells_over_the_whole_photo():
+    heat_map = np.kron(np.array([[0.0, 0.5], [0.25, 1.0]]), np.ones((8, 8)))
+    photo = Image.new("RGB", (120, 60), (100, 100, 100))
+    over = du.overlay_heat_map(photo, heat_map)
+    assert over.shape == (60, 120, 3)
+    assert len(np.unique(over.reshape(-1, 3), axis=0)) == 4  # no colour between cells
+    assert (over[:30, :60] == 100).all()
+    assert (over[30:, 60:] == over[-1, -1]).all()
+    assert du.count_cells(heat_map) == "2 × 2 cells"
+    assert du.count_cells(np.repeat(heat_map, 2, axis=1)[:8]) == "1 × 2 cells"
+
+
+def test_colour_bar_is_drawn_when_it_has_a_name():
+    figure = du.show_images([quadrants()], columns=1, bar="strength")
+    assert [axis.get_ylabel() for axis in figure.axes] == ["", "strength"]
+    plt.close(figure)

@@ -375,9 +375,8 @@ from unittest.mock import MagicMock
 
 tests, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 sys.path.insert(0, tests)
-plots = ("matplotlib", "matplotlib.pyplot", "matplotlib_inline", "matplotlib_inline.backend_inline")
-for slow in (*plots, "pandas", "joblib", "data_utils", "demo_360"):
-    sys.modules[slow] = MagicMock()  # splitting does without what takes seconds to import
+for slow in ("matplotlib_inline", "matplotlib_inline.backend_inline", "demo_360"):
+    sys.modules[slow] = MagicMock()  # splitting does without them
 from conftest import load_notebook_functions
 
 nb = load_notebook_functions("imagesplit")

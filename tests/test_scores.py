@@ -360,6 +360,18 @@ def test_wrong_mode_and_probabilities_that_are_nan_are_refused():
     probs[3, 1] = NAN
     with pytest.raises(ValueError, match="probs holds NaN"):
         find_optimal_thresholds(probs, targets, ["a", "b"])
+    for score in (summarize_scores, lambda *given: score_labels(*given, ["a", "b"])):
+        with pytest.raises(ValueError, match="probs holds NaN; leave out the images"):
+            score(targets, probs)
+
+
+@pytest.mark.parametrize("mode", ["per_label", "global", "shrunk"])
+def test_label_that_nobody_judged_or_nobody_saw_is_no_obstacle(mode):
+    targets, probs = draw(60, 3, seed=4)
+    targets[:, 1], targets[:, 2] = NAN, 0
+    found = find_optimal_thresholds(probs, targets, list("abc"), mode)
+    assert np.isfinite(found["threshold"]).all()
+    assert found["positives"].tolist()[1:] == [0, 0]
 
 
 @SETTINGS
