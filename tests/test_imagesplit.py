@@ -810,7 +810,11 @@ IPTC = b"Photoshop 3.0\0" + b"8BIM\x04\x04\0\0\0\0\0\x04abcd"
         (0xFE, b"a comment \xff", ""),
         (0xE2, b"ICC_PROFILE\0\x01\x01profile", ""),
         (0xE2, b"MPF\0MM\0*garbage", ""),
-        (0xED, b"Photoshop 3.0\0" + b"8BIM\x04\x04", "captions block"),  # Pillow cannot open such a file
+        (
+            0xED,
+            b"Photoshop 3.0\0" + b"8BIM\x04\x04",
+            "captions block",
+        ),  # Pillow cannot open such a file
         (0xE2, b"ICC_PROFILE\0", "colour profile block"),
         (0xEB, b"JP\0\x01signature", "APP11 block"),
         (0xE4, b"", "APP4 block"),
