@@ -152,13 +152,27 @@ def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Return every image file below `folder`, sorted; hidden files and folders are left out."""
+    """Return every image file below `folder`, sorted, without hidden, thumbnail and recycled ones.
+
+    Links to folders are followed, each folder once and by its own path if it has one in `folder`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    shown = (p for p in files if not any(n[0] == "." for n in p.relative_to(folder).parts))
-    return sorted(filter(Path.is_file, shown))
+    unwanted = {"@eadir", "$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot"}
+    unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
+    found, seen, starts = [], set(), [folder]
+    for start in starts:  # links are put at its end, so that real folders come first
+        if start != folder and folder.resolve().is_relative_to(start.resolve()):
+            continue  # a link back to where we come from
+        for here, folders, files in ((Path(h), d, f) for h, d, f in os.walk(start)):
+            shown = [n for n in folders if n[0] != "." and n.lower() not in unwanted]
+            folders[:] = [] if here.resolve() in seen else shown
+            if here.resolve() not in seen:
+                seen.add(here.resolve())
+                starts += sorted(here / name for name in shown if (here / name).is_symlink())
+                found += [here / name for name in files if name[0] != "."]
+    return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
 # ---------------------------------------------------------------- labels

@@ -694,7 +694,7 @@ def _exif(survey: Survey, photo: int) -> bytes:
         3: "E" if longitude >= 0 else "W",
         4: _degrees_minutes_seconds(longitude),
         16: "T",
-        17: round(math.degrees(heading) % 360, 2),
+        17: round(math.degrees(heading), 2) % 360,  # of the picture's middle
     }
     return exif.tobytes()
 
@@ -709,7 +709,7 @@ def _xmp(heading: float, width: int) -> bytes:
     values = {
         "ProjectionType": "equirectangular",
         "UsePanoramaViewer": "True",
-        "PoseHeadingDegrees": f"{math.degrees(heading) % 360:.2f}",
+        "PoseHeadingDegrees": f"{round(math.degrees(heading), 2) % 360:.2f}",  # of the sphere's
         "CroppedAreaImageWidthPixels": width,
         "CroppedAreaImageHeightPixels": width // 2,
         "FullPanoWidthPixels": width,

@@ -128,13 +128,29 @@ def test_files_carry_time_place_and_heading(demo):
         assert gps[ExifTags.GPS.GPSLongitudeRef] in ("E", "W")
         places.setdefault(path.parts[-4], []).append(d + m / 60 + s / 3600)
         heading = float(re.search(r"<GPano:PoseHeadingDegrees>([\d.]+)<", xmp)[1])
-        assert 0 <= heading <= 360
+        assert 0 <= heading < 360
         assert float(gps[ExifTags.GPS.GPSImgDirection]) == pytest.approx(heading, abs=0.011)
         assert "<GPano:ProjectionType>equirectangular<" in xmp
         assert "<GPano:FullPanoWidthPixels>128<" in xmp
     sites = {site.name: site for site in demo_360.SITES}
     for name, latitudes in places.items():
         assert latitudes == pytest.approx([sites[name].latitude] * len(latitudes), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "degrees", [0, 123.4567, 359.9949, 359.9951, 359.99999, 360, 725.5, -0.001]
+)
+def test_heading_of_picture_and_sphere_are_one_below_360(degrees, monkeypatch):
+    """In a whole panorama the middle of the picture is the middle of the sphere."""
+    survey = plan_survey(0, 0, 1)
+    monkeypatch.setattr(demo_360, "_camera", lambda *_: (0.0, 0.0, np.radians(degrees)))
+    exif = Image.Exif()
+    exif.load(demo_360._exif(survey, 0))
+    picture = float(exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSImgDirection])
+    xmp = demo_360._xmp(np.radians(degrees), 128).decode()
+    sphere = float(re.search(r"<GPano:PoseHeadingDegrees>([\d.]+)<", xmp)[1])
+    assert picture == pytest.approx(sphere) and 0 <= sphere < 360
+    assert (sphere - degrees + 180) % 360 - 180 == pytest.approx(0, abs=0.006)
 
 
 def contents(folder) -> dict[str, bytes]:

@@ -1009,6 +1009,45 @@ def test_list_images_is_sorted_and_leaves_out_hidden_files(photos):
     ]
 
 
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "@eaDir",
+        "@EADIR/A.jpg",
+        "$RECYCLE.BIN",
+        "#recycle",
+        ".thumbnails",
+        ".Trash-1000",
+        "__MACOSX",
+    ],
+)
+def test_thumbnails_and_recycled_files_are_no_photos(tmp_path, folder):
+    for name in ("site/A.jpg", "site/._A.jpg", f"site/{folder}/B.jpg", f"{folder}/C.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert list_images(tmp_path) == [tmp_path / "site/A.jpg"]
+
+
+def test_linked_folders_are_followed_once_and_cycles_end(tmp_path):
+    root, other = tmp_path / "photos", tmp_path / "disk"
+    for path in (root / "b" / "B.jpg", other / "deep" / "D.jpg"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    try:
+        (root / "a link to b").symlink_to(root / "b", target_is_directory=True)
+        (root / "b" / "up").symlink_to(root, target_is_directory=True)
+        (root / "above").symlink_to(tmp_path, target_is_directory=True)
+        for name in ("disk 1", "disk 2"):
+            (root / name).symlink_to(other, target_is_directory=True)
+        (other / "back").symlink_to(other, target_is_directory=True)
+        (root / "gone").symlink_to(tmp_path / "nowhere", target_is_directory=True)
+    except OSError:
+        pytest.skip("links need a right that this user does not have")
+    found = [path.relative_to(root).as_posix() for path in list_images(root)]
+    assert found == ["b/B.jpg", "disk 1/deep/D.jpg"]
+    assert list_images(root / "disk 2") == [root / "disk 2/deep/D.jpg"]
+
+
 # ---------------------------------------------------------------- partition CSV
 
 
