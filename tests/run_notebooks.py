@@ -99,7 +99,7 @@ def run(folder: Path, root: Path, names: Sequence[str]) -> str | None:
             NotebookClient(notebook, timeout=None, resources=resources).execute()
         except CellExecutionError as error:
             failed = f"stopped: {error.ename}: {error.evalue}"
-        page, _ = HTMLExporter().from_notebook_node(notebook)
+        page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook, resources)
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
         took = f"{time.perf_counter() - began:.0f} s"
         entries.append(entry(name, notebook, html.escape(failed or took)))

@@ -15,8 +15,12 @@ from run_notebooks import keep_pictures, run
 def folder(tmp_path):
     sources = {"good": "open('made.txt', 'w').write('x')\n6 * 7", "bad": "1 / 0", "after": "1"}
     for name, source in sources.items():
-        cells = [new_markdown_cell(f"# About <{name}>"), new_code_cell(source)]
+        title = f"# About <{name}>\n\n![seen](docs/{name}.png)"
+        cells = [new_markdown_cell(title), new_code_cell(source)]
         nbformat.write(new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    (tmp_path / "docs").mkdir()
+    for name in sources:
+        Image.new("RGB", (8, 8)).save(tmp_path / "docs" / f"{name}.png")
     return tmp_path
 
 
@@ -26,6 +30,7 @@ def test_pages_and_index_are_written_and_the_notebooks_left_alone(folder):
     assert (folder / "good.ipynb").read_bytes() == before
     assert (folder / "made.txt").exists(), "a notebook runs in its own folder"
     assert ">42<" in (folder / "report/good.html").read_text().replace("\n", "")
+    assert 'src="data:image/png;base64,' in (folder / "report/good.html").read_text()
     index = (folder / "report/index.html").read_text()
     assert 'href="good.html"' in index and "About &lt;good&gt;" in index
 
