@@ -42,6 +42,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve
@@ -1346,6 +1347,20 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{problem}; call fit() to start again.") from None
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path, wanted: bool) -> Iterator[None]:
+    """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
+    with contextlib.ExitStack() as held:
+        try:
+            if wanted:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(folder / ".lock", timeout=0))
+        except Timeout:
+            fix = "let it end or stop it first, or give this one another RUN_DIR"
+            raise RuntimeError(f"{folder}: another training runs in this folder; {fix}.") from None
+        yield
+
+
 def _remove_resume_point(folder: Path) -> None:
     (folder / "trainer.json").unlink(missing_ok=True)  # first: half of it never looks complete
     shutil.rmtree(folder, ignore_errors=True)
@@ -1662,29 +1677,31 @@ class Trainer:
         """
         if self.history:
             raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
-        if self.accelerator.is_main_process:
-            for old in ("last", "last.tmp"):
-                _remove_resume_point(self.run_dir / old)
-            _write_json(self.run_dir / "config.json", asdict(self.config))
-        if self.config.start == "probe":
-            self._end_epoch(0, float("nan"), 0.0)
-        return self._run(after_epoch)
+        with _alone_in(self.run_dir, self.accelerator.is_main_process):
+            if self.accelerator.is_main_process:
+                for old in ("last", "last.tmp"):
+                    _remove_resume_point(self.run_dir / old)
+                _write_json(self.run_dir / "config.json", asdict(self.config))
+            if self.config.start == "probe":
+                self._end_epoch(0, float("nan"), 0.0)
+            return self._run(after_epoch)
 
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Go on from last/ and return the whole history; settings and data must be the same."""
-        places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
-        last = next((p for p in places if (p / "trainer.json").is_file()), None)
-        if last is None:
-            raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
-        config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
-        self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
-        self.accelerator.load_state(str(last))
-        if self.ema is not None:
-            weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
-            self.ema.module.load_state_dict(weights)
-        self.history = state["history"]
-        self.epoch, self.step = self.history[-1]["epoch"], self.history[-1]["step"]
-        return self._run(after_epoch)
+        with _alone_in(self.run_dir, self.accelerator.is_main_process):
+            places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
+            last = next((p for p in places if (p / "trainer.json").is_file()), None)
+            if last is None:
+                raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
+            config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
+            self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
+            self.accelerator.load_state(str(last))
+            if self.ema is not None:
+                weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
+                self.ema.module.load_state_dict(weights)
+            self.history = state["history"]
+            self.epoch, self.step = self.history[-1]["epoch"], self.history[-1]["step"]
+            return self._run(after_epoch)
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
@@ -2165,9 +2182,10 @@ class Classifier:
         content |= {name: getattr(self, name) for name in ("labels", "view", "activation", "flip")}
         for name in ("thresholds", "panorama_thresholds"):
             content[name] = getattr(self, name).tolist()
-        content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
-        _write_json(path, content | {"validation": metrics or {}, "versions": versions})
+        with _alone_in(path.parent, (path.parent / ".lock").exists()):  # where somebody trained
+            content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
+            _write_json(path, content | {"validation": metrics or {}, "versions": versions})
         return path
 
     @classmethod
