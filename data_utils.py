@@ -586,14 +586,23 @@ class DataPartition(Dataset):
         stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else None
         key = hashlib.sha1(f"{os.path.abspath(path)}|{stamp}|{size}".encode()).hexdigest()
         copy = self.cache_dir / key[:2] / f"{key}.npy"
-        if copy.exists():
-            return Image.fromarray(np.load(copy, allow_pickle=False))
+        if (pixels := _read_cached(copy, np.uint8, 3)) is not None:
+            return Image.fromarray(pixels)
         image = open_image(path, size)
         if image.height > size[0] and image.width > size[1]:
             image = ImageOps.cover(image, size[::-1])
         with replacing(copy) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
         return image
+
+
+def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
+    """Return an array that was kept, or None: it is not there or damaged, make it (again)."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        return found if found.dtype == dtype and found.ndim == ndim else None
+    except Exception:  # numpy raises errors of many types at a file that is cut off or garbage
+        return None
 
 
 class FeatureSet(TensorDataset):
@@ -1124,8 +1133,9 @@ def extract_features(
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
     cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
-    if cached and cached.is_file():
-        return torch.from_numpy(np.load(cached, allow_pickle=False))
+    stored = _read_cached(cached, np.float32, 2 if pooled else 4) if cached else None
+    if stored is not None and len(stored) == len(dataset):
+        return torch.from_numpy(stored)
     device, layout = next(model.parameters()).device, _memory_format(model)
     model.to(memory_format=layout).eval()
     found, loader = [], make_loader(dataset, batch_size, num_workers=num_workers)
