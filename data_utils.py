@@ -1810,6 +1810,9 @@ class Trainer:
 
     def _validate(self, weights: str) -> dict[str, float]:
         logits = self._predict_logits(self.val_set, weights)
+        if logits.isnan().any():  # the last steps of the epoch may spoil what its loss was for
+            problem = f"the model answers NaN after epoch {self.epoch + 1}"
+            raise FloatingPointError(f"{problem}; lower learning_rate.")
         targets = torch.tensor(self.val_set.targets, device=logits.device)
         probs = _to_probs(logits, self.config.loss == "ce")
         scores = {"val_loss": self.criterion(logits, targets).item()}
@@ -1909,7 +1912,7 @@ def _average_precision(targets: Array, probs: Array, weights: Array) -> Array:
 
 def mean_average_precision(targets: Array, probs: Array) -> float:
     """Return the mean AP over the labels that are present at least once; NaN if none is."""
-    ap = _average_precision(targets, probs, np.ones((1, len(targets))))
+    ap = _average_precision(*_as_scored(targets, probs), np.ones((1, len(targets))))
     return float(np.nanmean(ap)) if np.isfinite(ap).any() else float("nan")
 
 
@@ -2125,6 +2128,7 @@ def to_panorama_level(
     images, labels = df["image_path"].rename("image"), list(label_columns)
     targets = combine_halves(pd.concat([images, df[labels]], axis=1))
     panorama = images.map(panorama_name).to_numpy()
+    _, probs = _as_scored(df[labels], probs)
     highest = pd.DataFrame(probs).groupby(panorama, sort=False).max()
     return targets[labels].to_numpy(float), highest.to_numpy()
 

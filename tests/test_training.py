@@ -951,6 +951,33 @@ def test_classifier_is_not_saved_over_a_training_that_runs(tables, tmp_path):
 # ---------------------------------------------------------------- what stops a run
 
 
+@pytest.mark.parametrize("name", ["mobilenetv4_conv_small", "repvit_m0_9", "resnet10t"])
+def test_every_backbone_trains_where_one_photo_is_left_over(tables, tmp_path, name):
+    """Batch norm after the pooling, or on maps of one position, cannot learn from one photo."""
+    model = du.build_model(name, 3, pretrained=False, img_size=32)
+    parts = [
+        du.DataPartition(table.iloc[:5], LABELS, du.make_transforms(model, train))
+        for table, train in zip(tables, (True, False))
+    ]
+    history = trainer(parts, tmp_path, model, epochs=2, learning_rate=1e-3).fit()
+    assert history["step"].tolist() == [1, 2]
+    if name == "mobilenetv4_conv_small":
+        with pytest.raises(ValueError, match="one photo at a time; take a batch_size of 2 or more"):
+            trainer(parts, tmp_path, model, epochs=1, warmup_epochs=0, batch_size=1).fit()
+        options = {"batch_norm": "frozen", "batch_size": 1, "learning_rate": 1e-3}
+        trainer(parts, tmp_path, model, epochs=1, warmup_epochs=0, **options).fit()
+
+
+def test_model_that_answers_nan_on_validation_stops_with_a_sentence(sets, tmp_path):
+    """The last step of an epoch may spoil the weights after all its losses were numbers."""
+    run = trainer(sets, tmp_path)
+    spoil = lambda *_: run.step == 2 and run.plain.head.bias.data.fill_(NAN)  # noqa: E731
+    run.optimizer.optimizer.register_step_post_hook(spoil)
+    with pytest.raises(FloatingPointError, match="answers NaN after epoch 1; lower learning_rate"):
+        run.fit()
+    assert not (tmp_path / BEST).exists()
+
+
 def test_loss_that_is_not_a_number_stops_with_a_sentence(sets, tmp_path):
     model = ChannelNet()
     model.head.bias.data[0] = NAN
