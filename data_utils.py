@@ -94,7 +94,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 def _write_json(path: str | os.PathLike, content: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes
 
 
 def _save_weights(model: nn.Module, path: Path) -> str:
@@ -403,7 +404,9 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
     if not labels or not set(NOT_LABELS) <= set(df.columns):
         raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
     df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
-    paths = [os.path.normpath(path.parent / p) for p in df["image_path"]]
+    raw = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
+    names = [raw.sub(lambda b: chr(0xDC00 + int(b[1], 16)), name) for name in df["image_path"]]
+    paths = [os.path.normpath(path.parent / name) for name in names]
     return df.assign(image_path=[Path(p).as_posix() for p in paths]), labels
 
 
@@ -430,7 +433,7 @@ def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
     """Write a partition CSV; `image_path` becomes relative to the CSV's folder."""
     relative = [Path(os.path.relpath(p, Path(path).parent)).as_posix() for p in df["image_path"]]
     with replacing(path) as temporary:
-        df.assign(image_path=relative).to_csv(temporary, index=False)
+        df.assign(image_path=relative).to_csv(temporary, index=False, errors="backslashreplace")
 
 
 # ---------------------------------------------------------------- data
@@ -584,7 +587,7 @@ class DataPartition(Dataset):
 
     def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
         stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else None
-        key = hashlib.sha1(f"{os.path.abspath(path)}|{stamp}|{size}".encode()).hexdigest()
+        key = hashlib.sha1(os.fsencode(f"{os.path.abspath(path)}|{stamp}|{size}")).hexdigest()
         copy = self.cache_dir / key[:2] / f"{key}.npy"
         if (pixels := _read_cached(copy, np.uint8, 3)) is not None:
             return Image.fromarray(pixels)
@@ -2185,6 +2188,9 @@ class Classifier:
         if counts != ([n, 0, 0] if self.exclusive else [n, n, n]):
             found = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
             raise ValueError(f"{found} ({self.activation}) and {n} logits do not match.")
+        columns = ["image", "part", *self.labels, *(f"{name}_prob" for name in self.labels)]
+        if twice := [name for name in self.labels if columns.count(name) > 1]:
+            raise ValueError(f"labels {_some(twice)}: names of columns of the table; rename them.")
         self.device = _fastest_device()
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
