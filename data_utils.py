@@ -58,7 +58,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -637,8 +637,11 @@ def make_loader(
     dataset: Dataset, batch_size: int, train: bool = False, num_workers: int = 0, seed: int = 42
 ) -> DataLoader:
     """Return a DataLoader whose order and whose workers' random numbers follow from `seed`."""
-    options = {"shuffle": train, "num_workers": num_workers, "worker_init_fn": _seed_by_rank}
-    options |= {"generator": torch.Generator().manual_seed(seed)}
+    options = {"num_workers": num_workers, "worker_init_fn": _seed_by_rank}
+    options["generator"] = generator = torch.Generator().manual_seed(seed)
+    if train:  # without the photo, another each epoch, that is left alone: batch norm needs two
+        n = len(dataset) - (1 < batch_size < len(dataset) and len(dataset) % batch_size == 1)
+        options["sampler"] = RandomSampler(dataset, num_samples=n, generator=generator)
     return DataLoader(dataset, batch_size, pin_memory=torch.cuda.is_available(), **options)
 
 
@@ -1777,6 +1780,11 @@ class Trainer:
             print(f"Stopped in epoch {self.epoch + 1}; {kept}.")
             if self.accelerator.num_processes > 1:  # the others may be anywhere: none waits
                 raise
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            fix = "take a batch_size of 2 or more, or batch_norm='frozen'"
+            raise ValueError(f"batch norm cannot learn from one photo at a time; {fix}.") from None
         self.accelerator.wait_for_everyone()
         if self.history and self.best_path.is_file():
             self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))

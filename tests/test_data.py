@@ -703,9 +703,26 @@ def test_evaluation_keeps_the_order_of_the_partition(num_workers):
     assert drawn[0, :, 0].tolist() == list(range(8))
 
 
-def test_last_incomplete_batch_is_kept():
-    sizes = [len(batch) for batch in du.make_loader(Draws(7), 3, train=True)]
-    assert sizes == [3, 3, 1]
+@pytest.mark.parametrize(
+    ("length", "batch_size", "sizes"),
+    [(8, 3, [3, 3, 2]), (6, 3, [3, 3]), (2, 4, [2]), (3, 1, [1, 1, 1]), (1, 4, [1])],
+)
+def test_last_incomplete_batch_is_kept(length, batch_size, sizes):
+    loader = du.make_loader(Draws(length), batch_size, train=True)
+    assert [len(batch) for batch in loader] == sizes
+    assert len(loader) == len(sizes)
+    assert sorted(torch.cat(list(loader))[:, 0].tolist()) == list(range(length))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_photo_that_would_be_a_last_batch_alone_is_left_out_of_training_only(num_workers):
+    loader = du.make_loader(Draws(7), 3, train=True, num_workers=num_workers)
+    epochs = [[batch[:, 0].tolist() for batch in loader] for _ in range(8)]
+    assert {tuple(map(len, batches)) for batches in epochs} == {(3, 3)}
+    assert len(loader) == 2
+    left_out = [set(range(7)) - set(sum(batches, [])) for batches in epochs]
+    assert len(set.union(*left_out)) > 2  # another one each epoch
+    assert [len(batch) for batch in du.make_loader(Draws(7), 3)] == [3, 3, 1]
 
 
 def test_spawned_workers_load_cache_and_augment(partition, tmp_path):
