@@ -2427,7 +2427,8 @@ def show_images(
     maps, see `overlay_heat_map`.
     """
     pictures = [_as_picture(image, mean, std) for image in images]
-    lines = [str(title).splitlines() for title in titles or [""] * len(pictures)]
+    given = [str(title).encode(errors="backslashreplace") for title in titles or [""] * len(images)]
+    lines = [title.decode().splitlines() for title in given]  # Matplotlib draws no lone surrogates
     texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in found) for found in lines]
     rows = -(-len(pictures) // columns)
     height = 0.2 + 0.14 * (1 + max(text.count("\n") for text in texts))

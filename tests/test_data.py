@@ -777,6 +777,13 @@ def test_values_that_normalisation_cannot_give_are_clipped():
     plt.close(figure)
 
 
+def test_caption_of_a_file_name_that_is_no_utf8_is_drawn():
+    figure = du.show_images([noise(8, 8, seed=0)], [os.fsdecode(b"IMG_\xe4.jpg")])
+    figure.canvas.draw()
+    assert figure.axes[0].get_title() == r"IMG_\udce4.jpg"
+    plt.close(figure)
+
+
 def test_captions_hold_all_labels_between_words_and_keep_their_lines():
     title = "Grass, Water, [Lvl2] Lily, Trees, Building, Sun, Hills, Boardwalk\nsecond line"
     figure = du.show_images([quadrants()] * 2, [title, "short"], columns=2, width=1.5)

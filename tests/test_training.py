@@ -631,7 +631,8 @@ def test_mixing_copes_with_every_size_of_batch(sets, tmp_path, batch_size):
     history = run.fit()
     training = batches[: len(run.loader)]
     assert np.isfinite(history["train_loss"]).all()
-    assert sum(len(targets) for targets in training) == 10
+    trained = {4: 10, 3: 9, 1: 10}  # of 10, without a photo that is left over alone
+    assert sum(len(targets) for targets in training) == trained[batch_size]
     assert all(is_soft(targets) for targets in training if len(targets) % 2 == 0)
     assert not any(is_soft(targets) for targets in training if len(targets) == 1)
 
