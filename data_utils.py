@@ -42,6 +42,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve
@@ -57,7 +58,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -93,7 +94,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 def _write_json(path: str | os.PathLike, content: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes
 
 
 def _save_weights(model: nn.Module, path: Path) -> str:
@@ -402,7 +404,9 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
     if not labels or not set(NOT_LABELS) <= set(df.columns):
         raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
     df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
-    paths = [os.path.normpath(path.parent / p) for p in df["image_path"]]
+    raw = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
+    names = [raw.sub(lambda b: chr(0xDC00 + int(b[1], 16)), name) for name in df["image_path"]]
+    paths = [os.path.normpath(path.parent / name) for name in names]
     return df.assign(image_path=[Path(p).as_posix() for p in paths]), labels
 
 
@@ -429,7 +433,7 @@ def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
     """Write a partition CSV; `image_path` becomes relative to the CSV's folder."""
     relative = [Path(os.path.relpath(p, Path(path).parent)).as_posix() for p in df["image_path"]]
     with replacing(path) as temporary:
-        df.assign(image_path=relative).to_csv(temporary, index=False)
+        df.assign(image_path=relative).to_csv(temporary, index=False, errors="backslashreplace")
 
 
 # ---------------------------------------------------------------- data
@@ -583,16 +587,25 @@ class DataPartition(Dataset):
 
     def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
         stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else None
-        key = hashlib.sha1(f"{os.path.abspath(path)}|{stamp}|{size}".encode()).hexdigest()
+        key = hashlib.sha1(os.fsencode(f"{os.path.abspath(path)}|{stamp}|{size}")).hexdigest()
         copy = self.cache_dir / key[:2] / f"{key}.npy"
-        if copy.exists():
-            return Image.fromarray(np.load(copy, allow_pickle=False))
+        if (pixels := _read_cached(copy, np.uint8, 3)) is not None:
+            return Image.fromarray(pixels)
         image = open_image(path, size)
         if image.height > size[0] and image.width > size[1]:
             image = ImageOps.cover(image, size[::-1])
         with replacing(copy) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
         return image
+
+
+def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
+    """Return an array that was kept, or None: it is not there or damaged, make it (again)."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        return found if found.dtype == dtype and found.ndim == ndim else None
+    except Exception:  # numpy raises errors of many types at a file that is cut off or garbage
+        return None
 
 
 class FeatureSet(TensorDataset):
@@ -624,8 +637,11 @@ def make_loader(
     dataset: Dataset, batch_size: int, train: bool = False, num_workers: int = 0, seed: int = 42
 ) -> DataLoader:
     """Return a DataLoader whose order and whose workers' random numbers follow from `seed`."""
-    options = {"shuffle": train, "num_workers": num_workers, "worker_init_fn": _seed_by_rank}
-    options |= {"generator": torch.Generator().manual_seed(seed)}
+    options = {"num_workers": num_workers, "worker_init_fn": _seed_by_rank}
+    options["generator"] = generator = torch.Generator().manual_seed(seed)
+    if train:  # without the photo, another each epoch, that is left alone: batch norm needs two
+        n = len(dataset) - (1 < batch_size < len(dataset) and len(dataset) % batch_size == 1)
+        options["sampler"] = RandomSampler(dataset, num_samples=n, generator=generator)
     return DataLoader(dataset, batch_size, pin_memory=torch.cuda.is_available(), **options)
 
 
@@ -1123,8 +1139,9 @@ def extract_features(
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
     cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
-    if cached and cached.is_file():
-        return torch.from_numpy(np.load(cached, allow_pickle=False))
+    stored = _read_cached(cached, np.float32, 2 if pooled else 4) if cached else None
+    if stored is not None and len(stored) == len(dataset):
+        return torch.from_numpy(stored)
     device, layout = next(model.parameters()).device, _memory_format(model)
     model.to(memory_format=layout).eval()
     found, loader = [], make_loader(dataset, batch_size, num_workers=num_workers)
@@ -1344,6 +1361,20 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (OSError, TypeError, ValueError) as error:
         problem = f"{path}: cannot be read ({type(error).__name__})"
         raise ValueError(f"{problem}; call fit() to start again.") from None
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, wanted: bool) -> Iterator[None]:
+    """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
+    with contextlib.ExitStack() as held:
+        try:
+            if wanted:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(folder / ".lock", timeout=0))
+        except Timeout:
+            fix = "let it end or stop it first, or give this one another RUN_DIR"
+            raise RuntimeError(f"{folder}: another training runs in this folder; {fix}.") from None
+        yield
 
 
 def _remove_resume_point(folder: Path) -> None:
@@ -1662,29 +1693,31 @@ class Trainer:
         """
         if self.history:
             raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
-        if self.accelerator.is_main_process:
-            for old in ("last", "last.tmp"):
-                _remove_resume_point(self.run_dir / old)
-            _write_json(self.run_dir / "config.json", asdict(self.config))
-        if self.config.start == "probe":
-            self._end_epoch(0, float("nan"), 0.0)
-        return self._run(after_epoch)
+        with _alone_in(self.run_dir, self.accelerator.is_main_process):
+            if self.accelerator.is_main_process:
+                for old in ("last", "last.tmp"):
+                    _remove_resume_point(self.run_dir / old)
+                _write_json(self.run_dir / "config.json", asdict(self.config))
+            if self.config.start == "probe":
+                self._end_epoch(0, float("nan"), 0.0)
+            return self._run(after_epoch)
 
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Go on from last/ and return the whole history; settings and data must be the same."""
-        places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
-        last = next((p for p in places if (p / "trainer.json").is_file()), None)
-        if last is None:
-            raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
-        config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
-        self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
-        self.accelerator.load_state(str(last))
-        if self.ema is not None:
-            weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
-            self.ema.module.load_state_dict(weights)
-        self.history = state["history"]
-        self.epoch, self.step = self.history[-1]["epoch"], self.history[-1]["step"]
-        return self._run(after_epoch)
+        with _alone_in(self.run_dir, self.accelerator.is_main_process):
+            places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
+            last = next((p for p in places if (p / "trainer.json").is_file()), None)
+            if last is None:
+                raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
+            config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
+            self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
+            self.accelerator.load_state(str(last))
+            if self.ema is not None:
+                weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
+                self.ema.module.load_state_dict(weights)
+            self.history = state["history"]
+            self.epoch, self.step = self.history[-1]["epoch"], self.history[-1]["step"]
+            return self._run(after_epoch)
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
@@ -1747,6 +1780,11 @@ class Trainer:
             print(f"Stopped in epoch {self.epoch + 1}; {kept}.")
             if self.accelerator.num_processes > 1:  # the others may be anywhere: none waits
                 raise
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            fix = "take a batch_size of 2 or more, or batch_norm='frozen'"
+            raise ValueError(f"batch norm cannot learn from one photo at a time; {fix}.") from None
         self.accelerator.wait_for_everyone()
         if self.history and self.best_path.is_file():
             self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
@@ -1783,6 +1821,9 @@ class Trainer:
 
     def _validate(self, weights: str) -> dict[str, float]:
         logits = self._predict_logits(self.val_set, weights)
+        if logits.isnan().any():  # the last steps of the epoch may spoil what its loss was for
+            problem = f"the model answers NaN after epoch {self.epoch + 1}"
+            raise FloatingPointError(f"{problem}; lower learning_rate.")
         targets = torch.tensor(self.val_set.targets, device=logits.device)
         probs = _to_probs(logits, self.config.loss == "ce")
         scores = {"val_loss": self.criterion(logits, targets).item()}
@@ -1882,7 +1923,7 @@ def _average_precision(targets: Array, probs: Array, weights: Array) -> Array:
 
 def mean_average_precision(targets: Array, probs: Array) -> float:
     """Return the mean AP over the labels that are present at least once; NaN if none is."""
-    ap = _average_precision(targets, probs, np.ones((1, len(targets))))
+    ap = _average_precision(*_as_scored(targets, probs), np.ones((1, len(targets))))
     return float(np.nanmean(ap)) if np.isfinite(ap).any() else float("nan")
 
 
@@ -2098,6 +2139,7 @@ def to_panorama_level(
     images, labels = df["image_path"].rename("image"), list(label_columns)
     targets = combine_halves(pd.concat([images, df[labels]], axis=1))
     panorama = images.map(panorama_name).to_numpy()
+    _, probs = _as_scored(df[labels], probs)
     highest = pd.DataFrame(probs).groupby(panorama, sort=False).max()
     return targets[labels].to_numpy(float), highest.to_numpy()
 
@@ -2154,6 +2196,9 @@ class Classifier:
         if counts != ([n, 0, 0] if self.exclusive else [n, n, n]):
             found = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
             raise ValueError(f"{found} ({self.activation}) and {n} logits do not match.")
+        columns = ["image", "part", *self.labels, *(f"{name}_prob" for name in self.labels)]
+        if twice := [name for name in self.labels if columns.count(name) > 1]:
+            raise ValueError(f"labels {_some(twice)}: names of columns of the table; rename them.")
         self.device = _fastest_device()
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
@@ -2165,9 +2210,10 @@ class Classifier:
         content |= {name: getattr(self, name) for name in ("labels", "view", "activation", "flip")}
         for name in ("thresholds", "panorama_thresholds"):
             content[name] = getattr(self, name).tolist()
-        content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
-        _write_json(path, content | {"validation": metrics or {}, "versions": versions})
+        with _alone_in(path.parent, (path.parent / ".lock").exists()):  # where somebody trained
+            content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
+            _write_json(path, content | {"validation": metrics or {}, "versions": versions})
         return path
 
     @classmethod
@@ -2381,7 +2427,8 @@ def show_images(
     maps, see `overlay_heat_map`.
     """
     pictures = [_as_picture(image, mean, std) for image in images]
-    lines = [str(title).splitlines() for title in titles or [""] * len(pictures)]
+    given = [str(title).encode(errors="backslashreplace") for title in titles or [""] * len(images)]
+    lines = [title.decode().splitlines() for title in given]  # Matplotlib draws no lone surrogates
     texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in found) for found in lines]
     rows = -(-len(pictures) // columns)
     height = 0.2 + 0.14 * (1 + max(text.count("\n") for text in texts))

@@ -1,5 +1,6 @@
 """Classifiers that are saved, loaded and used; and files from strangers."""
 
+import glob
 import hashlib
 import json
 import os
@@ -7,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +18,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from run_notebooks import ROOT
 
 import data_utils as du
 
@@ -701,3 +705,64 @@ def test_model_that_answers_with_nan_loses_no_photo(photos):
     table = broken.predict(photos[0])
     assert len(table) == 3
     assert np.isnan(probs_of(table)).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (["tree", "image", "sky"], "image"),
+        (["part", "tree", "sky"], "part"),
+        (["tree", "tree_prob", "sky"], "tree_prob"),
+        (["tree", "sky", "tree"], "tree, tree"),
+    ],
+)
+def test_label_that_is_a_column_of_the_table_is_refused_by_name(labels, named):
+    with pytest.raises(ValueError, match=f"labels {named}: names of columns .*; rename them"):
+        du.Classifier(tiny_model(), labels, THRESHOLDS)
+
+
+def test_label_that_only_looks_like_a_column_works(photos):
+    table = du.Classifier(tiny_model(), ["sea_prob", "Image", "left"], THRESHOLDS).predict(
+        photos[0]
+    )
+    assert len(set(table)) == 7
+
+
+def test_photo_whose_name_is_no_utf8_reaches_the_csv(classifier, tmp_path, notebook_functions):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/IMG_\xe4.png")
+    try:
+        picture(0).save(path)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    table = classifier.predict(tmp_path)
+    assert table["image"].tolist() == [path]
+    write_text = notebook_functions("classifier").write_text
+    write_text(table.to_csv(index=False), tmp_path / "out" / "predictions.csv")
+    read = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert read["image"].tolist() == [f"{tmp_path}/IMG_\\udce4.png"]
+    np.testing.assert_allclose(probs_of(read), probs_of(table))
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "found"),
+    [
+        ("p/run[1]", ["p/run[1]"]),
+        ("site [a-c]/*", ["site [a-c]/x", "site [a-c]/y"]),
+        ("p/run*", ["p/run1", "p/run[1]"]),
+        ("p/run?", ["p/run1"]),
+        ("site */x", ["site [a-c]/x"]),
+        ("p/ru[n]1", ["p/run1"]),  # nothing is called like that: a pattern
+        ("q*/run", ["q*/run"]),
+        ("none[1]", []),
+    ],
+)
+def test_run_folder_is_found_by_its_name_or_by_a_pattern(tmp_path, monkeypatch, run_dir, found):
+    for name in ("p/run[1]", "p/run1", "site [a-c]/x", "site [a-c]/y", "q*/run", "qq/run"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "best_classifier.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    cells = [cell.source for cell in nbformat.read(ROOT / "classifier.ipynb", 4).cells]
+    search = next(source for source in cells if source.startswith("patterns = [glob."))
+    names = {"glob": glob, "Path": Path, "RUN_DIR": run_dir}
+    exec(search.partition("assert files")[0], names)
+    assert [path.parent.as_posix() for path in names["files"]] == found

@@ -486,6 +486,60 @@ def test_another_input_size_gets_its_own_copy(partition, tmp_path):
     assert np.abs(difference).max() <= 10
 
 
+DAMAGED = {
+    "empty": lambda whole: b"",
+    "cut off in its header": lambda whole: whole[:40],
+    "cut off in its pixels": lambda whole: whole[:-1],
+    "zeros": lambda whole: bytes(len(whole)),
+    "a zip": lambda whole: b"PK\3\4" + whole[4:],
+    "a header that lies": lambda whole: whole.replace(b"'shape': (", b"'shape': (9"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_cache_file_is_made_again(partition, tmp_path, kind):
+    data = du.DataPartition(partition, ["tree"], resize(20, 30), tmp_path / "cache")
+    before = np.asarray(data[0][0])
+    (copy,) = (tmp_path / "cache").rglob("*.npy")
+    whole = copy.read_bytes()
+    copy.write_bytes(DAMAGED[kind](whole))
+    assert np.array_equal(np.asarray(data[0][0]), before)
+    assert copy.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_features_are_made_again(partition, tmp_path, kind):
+    model = du.build_model("resnet10t", 1, pretrained=False, img_size=32)
+    data = du.DataPartition(partition, ["tree"], du.make_transforms(model, train=False))
+    before = du.extract_features(model, data, pooled=True, cache_dir=tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").glob("*.npy")
+    whole = kept.read_bytes()
+    kept.write_bytes(DAMAGED[kind](whole))
+    again = du.extract_features(model, data, pooled=True, cache_dir=tmp_path / "cache")
+    assert torch.equal(again, before)
+    assert kept.read_bytes() == whole
+
+
+def test_photo_whose_name_is_no_utf8_goes_through_csv_cache_and_loader(partition, tmp_path):
+    """A name of bytes such as an old USB disk has it, in a folder of that kind."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/site \xfc")
+    path = os.path.join(folder, os.fsdecode(b"IMG_\xe4.jpg"))
+    try:
+        os.mkdir(folder)
+        os.rename(tmp_path / "p0.jpg", path)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    df = partition.replace({"image_path": {str(tmp_path / "p0.jpg"): path}})
+    df["group_id"] = [os.fsdecode(b"\xfc"), *df["group_id"][1:]]
+    du.write_partition(df, tmp_path / "parts" / "train.csv")
+    (tmp_path / "parts" / "train.csv").read_text(encoding="utf-8")
+    read, labels = du.read_partition(tmp_path / "parts" / "train.csv")
+    assert os.path.samefile(read["image_path"][0], path)
+    data = du.DataPartition(read, labels, resize(20, 30), tmp_path / "cache")
+    assert np.array_equal(np.asarray(data[0][0]), np.asarray(data[0][0]))
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+
+
 def test_two_processes_may_write_the_same_cache_entry(partition, tmp_path):
     same = partition.iloc[[0] * 24]
     transform = du.make_transforms(PlainModel(24, 24), train=False)
@@ -649,9 +703,26 @@ def test_evaluation_keeps_the_order_of_the_partition(num_workers):
     assert drawn[0, :, 0].tolist() == list(range(8))
 
 
-def test_last_incomplete_batch_is_kept():
-    sizes = [len(batch) for batch in du.make_loader(Draws(7), 3, train=True)]
-    assert sizes == [3, 3, 1]
+@pytest.mark.parametrize(
+    ("length", "batch_size", "sizes"),
+    [(8, 3, [3, 3, 2]), (6, 3, [3, 3]), (2, 4, [2]), (3, 1, [1, 1, 1]), (1, 4, [1])],
+)
+def test_last_incomplete_batch_is_kept(length, batch_size, sizes):
+    loader = du.make_loader(Draws(length), batch_size, train=True)
+    assert [len(batch) for batch in loader] == sizes
+    assert len(loader) == len(sizes)
+    assert sorted(torch.cat(list(loader))[:, 0].tolist()) == list(range(length))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_photo_that_would_be_a_last_batch_alone_is_left_out_of_training_only(num_workers):
+    loader = du.make_loader(Draws(7), 3, train=True, num_workers=num_workers)
+    epochs = [[batch[:, 0].tolist() for batch in loader] for _ in range(8)]
+    assert {tuple(map(len, batches)) for batches in epochs} == {(3, 3)}
+    assert len(loader) == 2
+    left_out = [set(range(7)) - set(sum(batches, [])) for batches in epochs]
+    assert len(set.union(*left_out)) > 2  # another one each epoch
+    assert [len(batch) for batch in du.make_loader(Draws(7), 3)] == [3, 3, 1]
 
 
 def test_spawned_workers_load_cache_and_augment(partition, tmp_path):
@@ -703,6 +774,13 @@ def test_tensor_without_mean_and_std_must_be_a_picture_already():
 def test_values_that_normalisation_cannot_give_are_clipped():
     figure = du.show_images([torch.full((3, 2, 2), 9.0)], mean=(0.5,) * 3, std=(0.2,) * 3)
     assert (drawn(figure)[0] == 1).all()
+    plt.close(figure)
+
+
+def test_caption_of_a_file_name_that_is_no_utf8_is_drawn():
+    figure = du.show_images([noise(8, 8, seed=0)], [os.fsdecode(b"IMG_\xe4.jpg")])
+    figure.canvas.draw()
+    assert figure.axes[0].get_title() == r"IMG_\udce4.jpg"
     plt.close(figure)
 
 

@@ -10,6 +10,7 @@ from sklearn import metrics
 
 from data_utils import (
     _average_precision,
+    compare_scores,
     find_optimal_thresholds,
     mean_average_precision,
     score_labels,
@@ -382,6 +383,33 @@ def test_thresholds_depend_on_values_and_not_on_the_order_of_rows(probs):
     found = find_optimal_thresholds(probs, targets, list("abc"))
     shuffled = find_optimal_thresholds(probs[order], targets[order], list("abc"))
     pd.testing.assert_frame_equal(found, shuffled)
+
+
+NAMES = ["a", "b"]
+SCORES = {
+    "score_labels": lambda y, p: score_labels(y, p, NAMES),
+    "summarize_scores": lambda y, p: summarize_scores(y, p, n_bootstrap=0),
+    "summarize_scores, argmax": lambda y, p: summarize_scores(y, p, "argmax"),
+    "compare_scores": lambda y, p: compare_scores(y, p, np.zeros_like(p), NAMES),
+    "compare_scores, baseline": lambda y, p: compare_scores(y, np.zeros_like(p), p, NAMES),
+    "mean_average_precision": mean_average_precision,
+    "find_optimal_thresholds": lambda y, p: find_optimal_thresholds(p, y, NAMES),
+    "to_panorama_level": lambda y, p: to_panorama_level(
+        pd.DataFrame(y, columns=NAMES).assign(image_path=[f"{i}_left.jpg" for i in range(len(y))]),
+        NAMES,
+        p,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_probabilities_that_are_nan_are_refused_by_every_score(name, kind):
+    targets, probs = draw(10, 2, seed=0)
+    SCORES[name](targets, probs.astype(kind))
+    targets[3, 1], probs[3, 1] = NAN, NAN  # even where nobody judged
+    with pytest.raises(ValueError, match="probs holds NaN; leave out the images"):
+        SCORES[name](targets, probs.astype(kind))
 
 
 # ---------------------------------------------------------------- panorama level

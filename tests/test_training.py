@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -630,7 +631,8 @@ def test_mixing_copes_with_every_size_of_batch(sets, tmp_path, batch_size):
     history = run.fit()
     training = batches[: len(run.loader)]
     assert np.isfinite(history["train_loss"]).all()
-    assert sum(len(targets) for targets in training) == 10
+    trained = {4: 10, 3: 9, 1: 10}  # of 10, without a photo that is left over alone
+    assert sum(len(targets) for targets in training) == trained[batch_size]
     assert all(is_soft(targets) for targets in training if len(targets) % 2 == 0)
     assert not any(is_soft(targets) for targets in training if len(targets) == 1)
 
@@ -707,16 +709,21 @@ if __name__ == "__main__":
 """
 
 
-def launch(tmp_path, tables, body, launcher=(), check=True, env=None, **job):
-    """Run `body` in a new process, with `parts` and `job` at hand."""
+def write_script(tmp_path, tables, body, **job):
+    """Write `body` as a script that has `parts` and `job` at hand; return how it is called."""
     paths = [str(tmp_path / f"table{i}.csv") for i in (0, 1)]
     for table, path in zip(tables, paths):
         table.to_csv(path, index=False)
     script = tmp_path / "script.py"
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), body=lines))
+    return [str(script), json.dumps({**job, "tables": paths})]
+
+
+def launch(tmp_path, tables, body, launcher=(), check=True, env=None, **job):
+    """Run `body` in a new process, with `parts` and `job` at hand."""
     done = subprocess.run(
-        [sys.executable, *launcher, str(script), json.dumps({**job, "tables": paths})],
+        [sys.executable, *launcher, *write_script(tmp_path, tables, body, **job)],
         capture_output=True,
         text=True,
         timeout=180,
@@ -865,7 +872,111 @@ def test_two_trainers_in_one_process_do_not_change_each_other(sets, tmp_path):
     assert len(taken) == 5
 
 
+def test_second_training_in_a_run_folder_is_refused(sets, tmp_path):
+    """Else the first one would end with the weights of the second."""
+    refused = []
+
+    def start_another(row):
+        if row["epoch"] == 2:
+            for begin in (trainer(sets, tmp_path, ChannelNet(seed=7)), run):
+                for call in (begin.resume, begin.fit):
+                    with pytest.raises(RuntimeError) as error:
+                        call()
+                    refused.append(str(error.value))
+            other = trainer(sets, tmp_path / "other", ChannelNet(seed=7))
+            assert len(other.fit()) == 3
+
+    run = trainer(sets, tmp_path, ChannelNet())
+    found = run.fit(start_another)
+    fix = "let it end or stop it first, or give this one another RUN_DIR"
+    assert refused[0] == f"{tmp_path}: another training runs in this folder; {fix}."
+    assert len(refused) == 4
+    alone = trainer(sets, tmp_path / "alone", ChannelNet())
+    assert_same_history(found, alone.fit())
+    assert_same_weights(weights_of(run), weights_of(alone))
+    assert len(trainer(sets, tmp_path, ChannelNet()).fit()) == 3  # it is free again
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_training_in_another_process_is_refused_until_that_one_is_killed(
+    tables, sets, tmp_path, num_workers
+):
+    body = """
+run = t.trainer(parts, job["dir"], t.ChannelNet(), epochs=9999, num_workers=job["workers"])
+run.fit(lambda row: print("epoch", flush=True))
+"""
+    call = write_script(tmp_path, tables, body, dir=str(tmp_path / "run"), workers=num_workers)
+    first = subprocess.Popen([sys.executable, *call], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"epoch\n"
+        for call in ("fit", "resume"):
+            with pytest.raises(RuntimeError, match="another training runs in this folder"):
+                getattr(trainer(sets, tmp_path / "run"), call)()
+    finally:
+        first.kill()
+        first.wait()
+    for _ in range(60):  # its workers notice after some seconds that they are alone
+        try:
+            history = trainer(sets, tmp_path / "run").fit()
+            break
+        except RuntimeError:
+            time.sleep(0.5)
+    assert len(history) == 3
+
+
+def test_folder_is_free_after_a_training_that_failed(sets, tmp_path):
+    def fail(row):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        trainer(sets, tmp_path).fit(fail)
+    assert len(trainer(sets, tmp_path).resume()) == 3
+
+
+def test_classifier_is_not_saved_over_a_training_that_runs(tables, tmp_path):
+    def model():
+        return du.build_model("test_vit", 3, pretrained=False, img_size=16, patch_size=4)
+
+    one = du.Classifier(model(), LABELS, [0.5] * 3)
+    parts = [du.DataPartition(table, LABELS, one.transform) for table in tables]
+
+    def save(row):
+        with pytest.raises(RuntimeError, match="another training runs in this folder"):
+            one.save(tmp_path)
+
+    trainer(parts, tmp_path, model(), epochs=1, warmup_epochs=0).fit(save)
+    assert not (tmp_path / "best_classifier.json").exists()
+    assert one.save(tmp_path).is_file()
+
+
 # ---------------------------------------------------------------- what stops a run
+
+
+@pytest.mark.parametrize("name", ["mobilenetv4_conv_small", "repvit_m0_9", "resnet10t"])
+def test_every_backbone_trains_where_one_photo_is_left_over(tables, tmp_path, name):
+    """Batch norm after the pooling, or on maps of one position, cannot learn from one photo."""
+    model = du.build_model(name, 3, pretrained=False, img_size=32)
+    parts = [
+        du.DataPartition(table.iloc[:5], LABELS, du.make_transforms(model, train))
+        for table, train in zip(tables, (True, False))
+    ]
+    history = trainer(parts, tmp_path, model, epochs=2, learning_rate=1e-3).fit()
+    assert history["step"].tolist() == [1, 2]
+    if name == "mobilenetv4_conv_small":
+        with pytest.raises(ValueError, match="one photo at a time; take a batch_size of 2 or more"):
+            trainer(parts, tmp_path, model, epochs=1, warmup_epochs=0, batch_size=1).fit()
+        options = {"batch_norm": "frozen", "batch_size": 1, "learning_rate": 1e-3}
+        trainer(parts, tmp_path, model, epochs=1, warmup_epochs=0, **options).fit()
+
+
+def test_model_that_answers_nan_on_validation_stops_with_a_sentence(sets, tmp_path):
+    """The last step of an epoch may spoil the weights after all its losses were numbers."""
+    run = trainer(sets, tmp_path)
+    spoil = lambda *_: run.step == 2 and run.plain.head.bias.data.fill_(NAN)  # noqa: E731
+    run.optimizer.optimizer.register_step_post_hook(spoil)
+    with pytest.raises(FloatingPointError, match="answers NaN after epoch 1; lower learning_rate"):
+        run.fit()
+    assert not (tmp_path / BEST).exists()
 
 
 def test_loss_that_is_not_a_number_stops_with_a_sentence(sets, tmp_path):
