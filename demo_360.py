@@ -52,7 +52,7 @@ CUTS = {
     "[Lvl2] Lily": (0.012, 0.03, 0.06),
 }
 GRADES = ("3 - Maybe", "2 - Likely", "1 - Definitely")
-ASKED_LATER = ("Boardwalk", "Hills", "Sun")  # the pilot project did not ask these questions yet
+ASKED_LATER = ("Water", "Trees", "Grass")  # the pilot project did not ask these questions yet
 PILOT_SHARE = 0.15  # of the panoramas
 UNGRADED_SHARE = 0.02  # of the checklists: a distance is ticked, the certainty forgotten
 TWICE_SHARE = 0.15  # of the halves: a second annotator judges them as well
