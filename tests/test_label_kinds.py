@@ -1,0 +1,157 @@
+"""Label files as people really have them: each kind is read rightly, or refused by name."""
+
+import json
+
+import pandas as pd
+import pytest
+from conftest import checklist, data_row, labelled, radio
+
+from data_utils import read_labelbox, to_targets
+
+SURE, LIKELY, MAYBE = "1 - Definitely", "2 - Likely", "3 - Maybe"
+
+
+def named(image: str, *answers: dict, **keys) -> dict:
+    """Return a data row with other keys than `external_id`."""
+    row = data_row(image, labelled(*answers))
+    row["data_row"] |= keys
+    return row
+
+
+def cells(targets: pd.DataFrame) -> dict:
+    return targets.set_index("image").to_dict("index")
+
+
+# ---------------------------------------------------------------- Labelbox
+
+
+@pytest.mark.parametrize("external_id", [None, "", "absent"])
+def test_photo_without_an_external_id_is_called_by_its_global_key(write_ndjson, external_id):
+    row = named("x", radio("Reed", SURE), external_id=external_id, global_key="mere/7.jpg ")
+    if external_id == "absent":
+        del row["data_row"]["external_id"]
+    assert cells(to_targets(read_labelbox(write_ndjson(row)))) == {"mere/7.jpg": {"Reed": 1}}
+
+
+def test_photos_of_one_name_are_kept_apart_by_their_paths_or_refused(write_ndjson):
+    rows = [
+        named("7.jpg", radio(label, SURE), id=site, global_key=f"{site}\\7.jpg")
+        for site, label in (("fen", "Reed"), ("mere", "Lily"))
+    ]
+    found = cells(to_targets(read_labelbox(write_ndjson(*rows, rows[0]))))
+    assert found == {"fen/7.jpg": {"Reed": 1, "Lily": 0}, "mere/7.jpg": {"Reed": 0, "Lily": 1}}
+    for key in (None, "0f3a", "fen\\7.jpg", "mere/8.jpg"):
+        rows[1]["data_row"]["global_key"] = key
+        with pytest.raises(ValueError, match=r"several data rows of one name.*: 7\.jpg"):
+            read_labelbox(write_ndjson(*rows))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("1 - 10", "11 - 50"),
+        ("1 - 10 ducks", "2 - 10 ducks"),
+        ("1 - storey", "2 - storey"),
+        ("1 - few", "2 - some", "21 - many"),
+        ("1 - few", "2 - 20"),
+        ("2 - leaved squill", "2 - stemmed palm"),
+    ],
+)
+def test_numbers_that_are_no_scale_of_certainty_are_plain_options(write_ndjson, options):
+    rows = [data_row(f"{o}.jpg", labelled(radio("Seen", o))) for o in options]
+    answers = read_labelbox(write_ndjson(*rows))
+    assert list(answers["label"].cat.categories) == [f"Seen / {o}" for o in options]
+    assert answers["grade"].isna().all()
+    assert (to_targets(answers).iloc[:, 1:].to_numpy().diagonal() == 1).all()
+
+
+def test_one_option_that_begins_with_a_number_makes_no_scale_of_a_checklist(write_ndjson):
+    rows = [
+        data_row("a.jpg", labelled(checklist("Cover", "Sedge", "Mud"), radio("Reed", SURE))),
+        data_row("b.jpg", labelled(checklist("Cover", "3 - spined stickleback"))),
+    ]
+    found = cells(to_targets(read_labelbox(write_ndjson(*rows))))
+    assert found["a.jpg"] == {
+        "Cover / Sedge": 1,
+        "Cover / Mud": 1,
+        "Cover / 3 - spined stickleback": 0,
+        "Reed": 1,
+    }
+    assert found["b.jpg"]["Cover / 3 - spined stickleback"] == 1
+
+
+def test_scale_is_known_from_other_questions(write_ndjson):
+    rows = [
+        data_row("a.jpg", labelled(radio("Reed", SURE), checklist("Lily", "Foreground"))),
+        data_row("b.jpg", labelled(radio("Reed", MAYBE), checklist("Lily", MAYBE))),
+    ]
+    answers = read_labelbox(write_ndjson(*rows))
+    assert list(answers["label"].cat.categories) == ["Reed", "Lily"]
+    assert answers.attrs["report"]["without a grade"] == ["a.jpg"]
+
+
+@pytest.mark.parametrize("no", ["No", "no ", "None", "0 - No", "Not problematic", "No problem."])
+def test_flag_that_is_answered_no_is_no_flag(write_ndjson, no):
+    answers = {"a.jpg": no, "b.jpg": "Yes", "c.jpg": "Not useful", "d.jpg": "No sky visible"}
+    rows = [
+        data_row(name, labelled(radio("Problematic", answer), radio("Reed", SURE)))
+        for name, answer in answers.items()
+    ]
+    found = read_labelbox(write_ndjson(*rows))
+    assert found.attrs["report"]["problematic"] == ["b.jpg", "c.jpg", "d.jpg"]
+    assert cells(to_targets(found)) == {"a.jpg": {"Reed": 1}}
+
+
+@pytest.mark.parametrize("where", ["objects", "frames", "segments"])
+def test_photos_with_boxes_that_are_not_read_are_listed(write_ndjson, where):
+    label = labelled(radio("Reed", SURE))
+    box = {"name": "Bird", "classifications": [radio("Species", "Heron")]}
+    label["annotations"][where] = [box] if where == "objects" else {"1": box}
+    answers = read_labelbox(write_ndjson(data_row("a.jpg", label), data_row("b.jpg", labelled())))
+    assert answers.attrs["report"]["boxes not read"] == ["a.jpg"]
+
+
+def test_question_and_option_that_give_one_label_are_refused(write_ndjson):
+    rows = [
+        data_row("a.jpg", labelled(radio("Reed / Sedge", SURE))),
+        data_row("b.jpg", labelled(checklist("Reed", "Sedge"))),
+    ]
+    with pytest.raises(ValueError, match=r"export\.ndjson: .*same label.*: Reed / Sedge\.$"):
+        read_labelbox(write_ndjson(*rows))
+    assert len(read_labelbox(write_ndjson(rows[0]))) == 1
+
+
+def test_spaces_and_decomposed_letters_make_no_second_label(write_ndjson):
+    asked = ["Blüte", "Blu\u0308te", " Blüte ", "Blüte\u00a0"]
+    rows = [data_row(f"{i}.jpg", labelled(radio(q, SURE + " " * i))) for i, q in enumerate(asked)]
+    targets = to_targets(read_labelbox(write_ndjson(*rows)))
+    assert targets.columns.tolist() == ["image", "Blüte"]
+    assert targets["Blüte"].tolist() == [1, 1, 1, 1]
+
+
+def test_labels_in_rework_are_counted_and_can_be_left_out(write_ndjson):
+    rows = [data_row(name, labelled(radio("Reed", SURE))) for name in ("a.jpg", "b.jpg")]
+    for row, status in zip(rows, ("DONE", "IN_REWORK")):
+        row["projects"]["id-wetland"]["project_details"] = {"workflow_status": status}
+    path = write_ndjson(*rows)
+    answers, less = read_labelbox(path), read_labelbox(path, rework="drop")
+    assert answers.attrs["report"]["in rework"] == ["b.jpg"]
+    assert to_targets(answers)["Reed"].tolist() == [1, 1]
+    assert less.attrs["report"]["unlabelled"] == less.attrs["report"]["in rework"] == ["b.jpg"]
+    assert to_targets(less)["Reed"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "cp1252"])
+def test_other_encodings_are_named(tmp_path, encoding):
+    path = tmp_path / "export.ndjson"
+    row = json.dumps(data_row("a.jpg", labelled(radio("Blüte", SURE))), ensure_ascii=False)
+    path.write_bytes(row.encode(encoding))
+    with pytest.raises(ValueError, match=r"export\.ndjson, line 1: .*UTF-8"):
+        read_labelbox(path)
+
+
+@pytest.mark.parametrize("name", ["image", "part", "group_id", "image_path", "Reed_prob"])
+def test_labels_called_like_another_column_are_refused(write_ndjson, name):
+    path = write_ndjson(data_row("a.jpg", labelled(radio("Reed", SURE), radio(name, SURE))))
+    with pytest.raises(ValueError, match=rf"export\.ndjson: .*may not be called {name}; rename"):
+        read_labelbox(path)
