@@ -9,6 +9,7 @@ A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (s
 
 import contextlib
 import copy
+import csv
 import difflib
 import functools
 import hashlib
@@ -399,12 +400,12 @@ def read_labelbox(
     return answers
 
 
-def check_label_names(labels: Iterable[str], path: str | os.PathLike) -> None:
+def check_label_names(labels: Iterable[str], path: str | os.PathLike, what: str = "label") -> None:
     """Refuse labels that are called like another column of a partition or of predictions."""
-    labels = list(labels)
+    labels = sorted(labels)
     taken = {"image", "part", *NOT_LABELS, *(f"{label}_prob" for label in labels)}
     if found := [label for label in labels if label in taken]:
-        raise ValueError(f"{path}: a label may not be called {_some(found)}; rename it.")
+        raise ValueError(f"{path}: {found[0]!r} is the name of a column; rename that {what}.")
 
 
 def to_targets(
@@ -463,6 +464,16 @@ def panorama_name(path: str | os.PathLike) -> str:
     return _HALF.sub("", _without_suffix(str(path)))
 
 
+def panorama_groups(paths: pd.Series) -> pd.Series:
+    """Return the panorama of each path, also where class folders lie between its two halves."""
+    panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
+    file = paths.map(lambda p: _without_suffix(p.name))
+    name = file.map(panorama_name)
+    # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
+    alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
+    return panorama.mask(alone & name.map(name[alone].value_counts()).eq(2), name)
+
+
 def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     """Combine the rows of NAME_left and NAME_right into one row NAME of the whole panorama.
 
@@ -481,11 +492,15 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_table(path: str | os.PathLike) -> pd.DataFrame:
-    """Read a CSV as stripped text; its index is the line in the file less 2."""
+    """Read a CSV (commas, semicolons, tabs) as stripped text; its index is the line less 2."""
     text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
     try:
-        table = pd.read_csv(path, encoding="utf-8-sig", **text).fillna("")
-    except ValueError as error:  # pandas' own errors and UnicodeDecodeError
+        lines = Path(path).read_text(encoding="utf-8-sig")
+        first, _, rest = lines.partition("\n")
+        named = re.fullmatch(r'"?sep=(.)"?[,;\t\r]*', first, re.IGNORECASE)  # as Excel writes it
+        separator = named[1] if named else _separator(lines)
+        table = pd.read_csv(io.StringIO(rest if named else lines), sep=separator, **text).fillna("")
+    except (ValueError, csv.Error) as error:  # pandas' own errors and UnicodeDecodeError
         problem = f"no CSV with a header, a label column and equal rows ({str(error).strip()})."
         raise ValueError(f"{path}: {problem}") from None
     table = table.apply(lambda column: column.str.strip())
@@ -493,7 +508,21 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
     if len(set(names)) < len(names) or "" in names[1:]:
         raise _bad_line(path, 1, f"a column without a name or twice: {_some(names)}")
     table = table.iloc[1:].set_axis(names, axis=1).reset_index(drop=True)
+    table.index += bool(named)
+    if separator != ",":  # and so a comma may be a decimal one
+        cells = table.iloc[:, 1:].replace(r"^([01]),(0+)$|^(0),(\d+)$", r"\1\3.\2\4", regex=True)
+        table = pd.concat([table.iloc[:, :1], cells], axis=1)
     return table[(table != "").any(axis=1)]
+
+
+def _separator(text: str) -> str:
+    """Return what divides all rows into as many cells, two or more; a comma if several do."""
+    for separator in ",;\t|":
+        rows = csv.reader(io.StringIO(text), delimiter=separator)
+        widths = {len(row) for row in rows if "".join(row).strip()}
+        if len(widths) == 1 and max(widths) > 1:
+            return separator
+    return ","
 
 
 def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.DataFrame:
