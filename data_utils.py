@@ -9,6 +9,7 @@ A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (s
 
 import contextlib
 import copy
+import csv
 import difflib
 import functools
 import hashlib
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -73,6 +75,10 @@ Array = np.ndarray
 Cuts = float | Sequence[float] | str
 Groups = Sequence | None
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
+_NO = (  # answers that raise no flag; "not useful" raises it
+    r"(\d+ ?- ?)?(0|no?|none|never|nothing|false|nein|non|nee|ok|okay|fine|good|no[,;:] .*"
+    r"|not (problematic|flagged)|(no|without)( a| any)? (problems?|issues?|need))[.!]?"
+)
 _HALF = re.compile(r"_(left|right)$")
 
 
@@ -184,27 +190,37 @@ def _row_problem(row: Any) -> str | None:
     match row:
         case list() | {"Labeled Data": _} | {"Label": _}:
             return "this looks like a v1 or array export, export it again"
-        case {"projects": dict(), "data_row": {"external_id": str(name)}} if name:
+        case {"projects": dict(), "data_row": dict() as image} if image_name(image):
             return None
         case {"projects": dict()}:
-            return "data_row has no 'external_id', expected the image's file name"
+            keys = "'external_id' and no 'global_key'"
+            return f"data_row has no {keys}, expected the image's file name"
     return "no 'projects' object"
+
+
+def image_name(data_row: dict) -> str | None:
+    """Return the file name of a data row; many exports have it in the global key alone."""
+    name = data_row.get("external_id") or data_row.get("global_key")
+    return name.strip() if isinstance(name, str) else None
 
 
 def _read_export(path: str | os.PathLike) -> Iterator[list[dict]]:
     """Yield the answers of each row of a Labelbox v2 export."""
     hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) per line"
     path = _need_file(path, "name the export of a Labelbox project")
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                if not (text := line.decode("utf-8-sig").strip()):
+                    continue
+                row = json.loads(text)
                 problem = _row_problem(row)
                 answers = [] if problem else _row_answers(row)
+            except UnicodeDecodeError as error:
+                problem = f"not UTF-8 ({error.reason}), save it in that encoding"
             except (ValueError, RecursionError) as error:  # ValueError: also of 5 000 digits
-                problem = f"not JSON ({error})"
+                encoding = "UTF-16, save it as UTF-8" if b"\0" in line else error
+                problem = f"not JSON ({encoding})"
             except (AttributeError, KeyError, TypeError) as error:
                 problem = f"an answer lacks {error}"
             if problem:
@@ -214,52 +230,133 @@ def _read_export(path: str | os.PathLike) -> Iterator[list[dict]]:
 
 def _row_answers(row: dict) -> list[dict]:
     """Return every answer of every annotator in every project; one record of a bare image."""
-    image = {"image": row["data_row"]["external_id"], "data_row_id": row["data_row"].get("id")}
+    data_row = row["data_row"]
+    image = {"image": image_name(data_row), "data_row_id": data_row.get("id")}
+    image |= {"global_key": data_row.get("global_key")}
     image |= {"project": None, "annotator": None, "label_id": None, "judged": False}
-    image |= {"question": None, "kind": None, "answer": None}
+    image |= {"path": None, "kind": None, "answer": None, "unread": False, "rework": False}
     records = []
     for project_id, project in row["projects"].items():
+        status = (project.get("project_details") or {}).get("workflow_status")
         for number, label in enumerate(project.get("labels") or []):
             skipped = bool((label.get("performance_details") or {}).get("skipped"))
             key = {"project": project.get("name") or project_id, "judged": not skipped}
             key["annotator"] = (label.get("label_details") or {}).get("created_by")
             key["label_id"] = label.get("id") or f"{project_id}-{number}"
-            items = label.get("annotations", {}).get("classifications") or []
-            answers = [] if skipped else list(_walk_answers(items))
+            given = label.get("annotations", {})
+            others = ("objects", "frames", "segments")  # boxes, and what stands in a video
+            key |= {"unread": any(map(given.get, others)), "rework": status == "IN_REWORK"}
+            answers = [] if skipped else list(_walk_answers(given.get("classifications") or []))
             records += [image | key | answer for answer in answers or [{}]]
     records = records or [image]
-    for value in itertools.chain.from_iterable(map(dict.values, records)):
-        if not isinstance(value, str | bool | None):
+    for value in itertools.chain.from_iterable(r.values() for r in records):
+        texts = value if isinstance(value, tuple) else [value]
+        if not all(isinstance(text, str | bool | None) for text in texts):
             raise TypeError(f"text instead of {value!r}")
     return records
 
 
-def _walk_answers(items: list[dict], prefix: str = "") -> Iterator[dict[str, str]]:
-    """Yield each answer; nested questions are "parent / child", below a grade too."""
+def _walk_answers(items: list[dict], above: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Yield each answer with its path: question, or question, option, nested question, ..."""
     for item in items:
-        question = prefix + item["name"]
+        path = (*above, plain_name(item["name"]))
         if "text_answer" in item:
             content = (item["text_answer"] or {}).get("content")
-            yield {"question": question, "kind": "text", "answer": content}
+            yield {"path": path, "kind": "text", "answer": content}
         kind = "checklist" if "checklist_answers" in item else "radio"
         given = item.get("radio_answer") or item.get("checklist_answers") or []
         for answer in given if isinstance(given, list) else [given]:
-            yield {"question": question, "kind": kind, "answer": answer["name"]}
-            below = question if _GRADE.match(answer["name"]) else f"{question} / {answer['name']}"
-            yield from _walk_answers(answer.get("classifications") or [], f"{below} / ")
+            option = plain_name(answer["name"])
+            yield {"path": path, "kind": kind, "answer": option}
+            yield from _walk_answers(answer.get("classifications") or [], (*path, option))
+
+
+def plain_name(name: str) -> str:
+    """Return a name without spaces at its ends, double ones, or a second way to write an umlaut."""
+    return unicodedata.normalize("NFC", " ".join(name.split()))
+
+
+def _graded_questions(answers: pd.DataFrame) -> set[tuple]:
+    """Return the questions whose options are grades ("1 - Definitely") and not "6 - 20".
+
+    Each number up to 9 has a word of its own. They count from 1, or each answer holds one, or they
+    are known from a question that does: "2 - stemmed palm" beside a photo of "Grass" is no grade.
+    """
+    given: dict[tuple, dict[tuple, set[str]]] = {}
+    keys = zip(answers["image"], answers["label_id"])
+    for key, path, option in zip(keys, answers["path"], answers["answer"]):
+        given.setdefault(path[::2], {}).setdefault(key, set()).add(option)
+    schemes, complete = {}, set()
+    for question, each in given.items():
+        found = [*filter(None, map(_GRADE.match, sorted(set().union(*each.values()))))]
+        pairs = {(int(m[1]), m.string[m.end() :].casefold()) for m in found}
+        unique = all(len(set(values)) == len(pairs) for values in zip(*pairs))
+        if found and unique and all(n < 10 and word[:1].isalpha() for n, word in pairs):
+            schemes[question] = scheme = {m.string for m in found}
+            if any(int(m[1]) == 1 for m in found) or all(scheme & one for one in each.values()):
+                complete.add(question)
+    known = set().union(*(schemes[question] for question in complete))
+    return {question for question, scheme in schemes.items() if scheme <= known}
+
+
+def _name_answers(answers: pd.DataFrame, path: str | os.PathLike) -> pd.DataFrame:
+    """Add question, grade and label to the paths; no two paths may give one label."""
+    chosen = answers["path"].notna() & (answers["kind"] != "text")
+    graded = _graded_questions(answers[chosen])
+
+    def parts(way: tuple[str, ...]) -> tuple[str, ...]:  # below a grade: the same for any grade
+        is_grade = [way[: i + 1 : 2] in graded and _GRADE.match(way[i]) for i in range(len(way))]
+        return tuple(name for i, name in enumerate(way) if i % 2 == 0 or not is_grade[i])
+
+    asked = [parts(way) if way else None for way in answers["path"]]
+    in_scheme = [bool(way) and way[::2] in graded for way in answers["path"]]
+    in_scheme = chosen & np.array(in_scheme, bool)
+    ways: dict[str, set[tuple]] = {}
+    labels = []
+    for names, option, is_graded, ticked in zip(asked, answers["answer"], in_scheme, chosen):
+        names = names if is_graded or not ticked else (*names, option)
+        labels.append(" / ".join(names) if ticked else None)
+        if ticked:
+            ways.setdefault(labels[-1], set()).add(names)
+    if twofold := [name for name, found in ways.items() if len(found) > 1]:
+        problem = "a question and an option of another one give the same label, rename one"
+        raise ValueError(f"{path}: {problem}: {_some(twofold)}.")
+    question = [" / ".join(names) if names else None for names in asked]
+    grade = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
+    named = answers.assign(path=question, grade=grade.where(in_scheme), label=labels)
+    return named.assign(graded=in_scheme).rename(columns={"path": "question"})
+
+
+def _tell_apart(rows: list[list[dict]], path: str | os.PathLike) -> None:
+    """Call photos of one name by their global keys, where these are the paths of such files."""
+    photos: dict[str, dict] = {}
+    for first in (row[0] for row in rows):
+        key = first["data_row_id"] or first["global_key"]
+        photos.setdefault(first["image"], {})[key] = first["global_key"]
+    for name, keys in photos.items():
+        own = {key.replace("\\", "/") for key in keys.values() if isinstance(key, str)}
+        files = {key.rpartition("/")[2] for key in own}
+        if len(keys) > 1 and (len(own) < len(keys) or files != {name.rpartition("/")[2]}):
+            problem = "several data rows of one name, give each a global_key that is its path"
+            raise ValueError(f"{path}: {problem}: {name}.")
+    for record in itertools.chain(*rows):
+        if len(photos.get(record["image"], ())) > 1:
+            record["image"] = record["global_key"].replace("\\", "/")
 
 
 def read_labelbox(
     path: str | os.PathLike,
     problematic: str = "drop",
     flags: Sequence[str] = ("Problematic", "Revisit"),
+    rework: str = "keep",
 ) -> pd.DataFrame:
     """Read a Labelbox v2 NDJSON export as annotated, one line per answer.
 
-    A question with any option like "1 - Definitely" is graded and is one label; its other options
+    A question with options like "1 - Definitely" is graded and is one label; its other options
     ("Foreground") only describe it. An ungraded question gives one label per option, named
     "question / option". Texts and `flags` (radio questions about the photo itself) are no labels.
-    `problematic` "drop" leaves out the images that carry the first of `flags`.
+    `problematic` "drop" leaves out the images that carry the first of `flags` (not those where it
+    is answered "No"), `rework` "drop" the labels that were sent back to their annotator.
 
     Returns columns image, data_row_id, project, annotator, label_id, judged (False in the one line
     of an image that nobody labelled), question, kind, answer, grade (1 = most certain) and label, a
@@ -267,31 +364,50 @@ def read_labelbox(
     attention.
     """
     _check_choice("problematic", problematic, ("drop", "keep"))
+    _check_choice("rework", rework, ("drop", "keep"))
     rows = list(_read_export(path))
     if not rows:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export.")
+    _tell_apart(rows, path)
     images = pd.Series([row[0]["image"] for row in rows])
-    answers = pd.DataFrame(itertools.chain(*rows)).drop_duplicates(ignore_index=True)
-    answers["grade"] = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
-    option = answers["question"] + " / " + answers["answer"]
-    graded = answers.groupby("question")["grade"].transform("count").fillna(0) > 0
-    label = answers["question"].where(graded, option)
-    label[(answers["kind"] == "text") | answers["question"].isin(flags)] = None
-    answers["label"] = pd.Categorical(label, categories=label.dropna().unique())
+    answers = pd.DataFrame(itertools.chain(*rows))
+    unread, again = (answers[column].astype(bool) for column in ("unread", "rework"))
+    report = {"unread": answers["image"][unread], "rework": answers["image"][again]}
+    if rework == "drop":
+        answers["judged"] &= ~again
+        answers.loc[again, ["path", "kind", "answer"]] = None
+    answers = answers.drop(columns=["unread", "rework", "global_key"])
+    answers = _name_answers(answers.drop_duplicates(ignore_index=True), path)
+    graded = answers.pop("graded")
+    answers.loc[answers["question"].isin(flags), "label"] = None
+    answers["label"] = pd.Categorical(answers["label"], answers["label"].dropna().unique())
+    check_label_names(answers["label"].cat.categories, path)
     key = ["image", "label_id", "label"]
     ungraded = graded & (answers.groupby(key, observed=True)["grade"].transform("count") == 0)
     judged = answers.groupby("image", sort=False)["judged"].any()
-    bad = answers.loc[answers["question"].isin(flags[:1]), "image"].unique()
+    raised = answers[answers["question"].isin(flags[:1])]
+    denied = raised["answer"].astype("string").str.fullmatch(_NO, case=False).fillna(False)
+    bad = raised.loc[~denied.astype(bool), "image"].unique()
     answers.attrs["report"] = {
         "images": len(judged),
         "duplicated": images[images.duplicated()].tolist(),
         "unlabelled": judged.index[~judged].tolist(),
         "problematic": list(bad),
         "without a grade": sorted(answers.loc[ungraded, "image"].unique()),
+        "boxes not read": report["unread"].unique().tolist(),
+        "in rework": report["rework"].unique().tolist(),
     }
     if problematic == "drop":
         return answers[~answers["image"].isin(bad)].reset_index(drop=True)
     return answers
+
+
+def check_label_names(labels: Iterable[str], path: str | os.PathLike, what: str = "label") -> None:
+    """Refuse labels that are called like another column of a partition or of predictions."""
+    labels = sorted(labels)
+    taken = {"image", "part", *NOT_LABELS, *(f"{label}_prob" for label in labels)}
+    if found := [label for label in labels if label in taken]:
+        raise ValueError(f"{path}: {found[0]!r} is the name of a column; rename that {what}.")
 
 
 def to_targets(
@@ -350,6 +466,16 @@ def panorama_name(path: str | os.PathLike) -> str:
     return _HALF.sub("", _without_suffix(str(path)))
 
 
+def panorama_groups(paths: pd.Series) -> pd.Series:
+    """Return the panorama of each path, also where class folders lie between its two halves."""
+    panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
+    file = paths.map(lambda p: _without_suffix(p.name))
+    name = file.map(panorama_name)
+    # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
+    alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
+    return panorama.mask(alone & name.map(name[alone].value_counts()).eq(2), name)
+
+
 def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     """Combine the rows of NAME_left and NAME_right into one row NAME of the whole panorama.
 
@@ -368,11 +494,15 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_table(path: str | os.PathLike) -> pd.DataFrame:
-    """Read a CSV as stripped text; its index is the line in the file less 2."""
+    """Read a CSV (commas, semicolons, tabs) as stripped text; its index is the line less 2."""
     text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
     try:
-        table = pd.read_csv(path, encoding="utf-8-sig", **text).fillna("")
-    except ValueError as error:  # pandas' own errors and UnicodeDecodeError
+        lines = Path(path).read_text(encoding="utf-8-sig")
+        first, _, rest = lines.partition("\n")
+        named = re.fullmatch(r'"?sep=(.)"?[,;\t\r]*', first, re.IGNORECASE)  # as Excel writes it
+        separator = named[1] if named else _separator(lines)
+        table = pd.read_csv(io.StringIO(rest if named else lines), sep=separator, **text).fillna("")
+    except (ValueError, csv.Error) as error:  # pandas' own errors and UnicodeDecodeError
         problem = f"no CSV with a header, a label column and equal rows ({str(error).strip()})."
         raise ValueError(f"{path}: {problem}") from None
     table = table.apply(lambda column: column.str.strip())
@@ -380,7 +510,21 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
     if len(set(names)) < len(names) or "" in names[1:]:
         raise _bad_line(path, 1, f"a column without a name or twice: {_some(names)}")
     table = table.iloc[1:].set_axis(names, axis=1).reset_index(drop=True)
+    table.index += bool(named)
+    if separator != ",":  # and so a comma may be a decimal one
+        cells = table.iloc[:, 1:].replace(r"^([01]),(0+)$|^(0),(\d+)$", r"\1\3.\2\4", regex=True)
+        table = pd.concat([table.iloc[:, :1], cells], axis=1)
     return table[(table != "").any(axis=1)]
+
+
+def _separator(text: str) -> str:
+    """Return what divides all rows into as many cells, two or more; a comma if several do."""
+    for separator in ",;\t|":
+        rows = csv.reader(io.StringIO(text), delimiter=separator)
+        widths = {len(row) for row in rows if "".join(row).strip()}
+        if len(widths) == 1 and max(widths) > 1:
+            return separator
+    return ","
 
 
 def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.DataFrame:

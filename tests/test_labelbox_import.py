@@ -254,6 +254,29 @@ def test_question_of_two_kinds_and_row_without_an_id_are_refused(tmp_path, write
         written(tmp_path, write_ndjson(row), {"Sun": 1})
 
 
+def test_names_are_written_as_the_project_spells_them(tmp_path, write_ndjson):
+    spelled = radio(" Blu\u0308te  ganz ", f"{SURE} ")
+    export = write_ndjson(data_row("a.jpg", labelled(spelled)))
+    (line,) = written(tmp_path, export, {"Blüte ganz": 0.95})
+    assert line["name"] == spelled["name"] and line["answer"]["name"] == f"{SURE} "
+
+
+def test_numbers_that_are_no_grades_are_answered_as_options(tmp_path, write_ndjson):
+    options = ("1 - 5", "6 - 20")
+    export = write_ndjson(*(data_row(f"{o}.jpg", labelled(radio("Birds", o))) for o in options))
+    table = pd.DataFrame({"image": ["1 - 5.jpg"], "Birds / 1 - 5": [0.2], "Birds / 6 - 20": [0.9]})
+    found = write_labelbox(table, export, tmp_path / "pre.ndjson")
+    assert found["answer"].tolist() == ["6 - 20"]
+
+
+def test_photo_is_found_by_its_global_key_alone(tmp_path, write_ndjson):
+    row = data_row("a.jpg", labelled(radio("Lily", SURE)))
+    row["data_row"] |= {"external_id": None, "global_key": "fen\\a.jpg"}
+    table = pd.DataFrame({"image": ["fen/a.jpg"], "Lily": [1.0]})
+    found = write_labelbox(table, write_ndjson(row), tmp_path / "pre.ndjson")
+    assert found["answer"].tolist() == [SURE]
+
+
 # ---------------------------------------------------------------- against the SDK
 
 
