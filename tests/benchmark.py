@@ -20,7 +20,6 @@ from cloudpickle import register_pickle_by_value
 from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from joblib import Parallel, delayed
 from PIL import Image
-from sklearn.metrics import f1_score
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -135,25 +134,6 @@ def measure_partition() -> None:
         )  # fmt: skip
 
 
-def measure_thresholds() -> None:
-    """Compare the exact thresholds with a grid of 101 steps."""
-    rng = np.random.default_rng(0)
-    targets = (rng.random((20_000, 12)) < 0.2).astype(float)
-    probs = np.clip(0.4 * targets + 0.6 * rng.random(targets.shape), 0, 1)
-    names = [str(i) for i in range(12)]
-
-    def grid() -> list[float]:
-        return [
-            max(f1_score(targets[:, i], probs[:, i] >= t) for t in np.linspace(0, 1, 101))
-            for i in range(12)
-        ]
-
-    found = data_utils.find_optimal_thresholds(probs, targets, names)
-    assert (found["score"].to_numpy() >= np.array(grid()) - 1e-12).all()
-    ours = seconds(lambda: data_utils.find_optimal_thresholds(probs, targets, names))
-    report("best thresholds, 20 000 × 12", ours, seconds(grid, 1), "101-step grid with f1_score")
-
-
 def measure_channels_last() -> None:
     """Compare the memory layouts on a training step of EfficientNet-Lite0."""
     images, times = torch.randn(16, 3, 224, 224), {}
@@ -190,7 +170,6 @@ def main() -> None:
         measure_decoding(Path(folder))
         measure_split(Path(folder))
     measure_partition()
-    measure_thresholds()
     measure_channels_last()
     measure_mldecoder()
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
