@@ -343,3 +343,23 @@ def test_given_test_photos_are_the_test_and_the_rest_is_drawn_as_ever():
     pd.testing.assert_frame_equal(pd.concat(parts.values()).sort_index(), df)
     assert len(parts["val"]) / (~held).sum() == pytest.approx(0.2, abs=0.02)
     assert not set(parts["train"]["group_id"]) & set(parts["val"]["group_id"])
+
+
+@pytest.mark.parametrize(("n_groups", "n_rare"), [(100, 3), (100, 4), (30, 4), (3000, 3)])
+def test_a_label_of_three_groups_or_more_is_in_every_part(n_groups, n_rare):
+    for seed in range(5 if n_groups > 1000 else 20):
+        rng = np.random.default_rng(seed)
+        df = pd.DataFrame({"common": (rng.random(4 * n_groups) > 0.6) * 1.0})
+        df["group_id"] = np.repeat(np.arange(n_groups), 4)
+        for label in ("rare", "other"):
+            df[label] = df["group_id"].isin(rng.choice(n_groups, n_rare, replace=False)) * 1.0
+        parts = group_stratified_split(df, ["common", "rare", "other"], seed=seed)
+        assert all((part[["rare", "other"]].sum() > 0).all() for part in parts.values())
+
+
+def test_labels_that_cannot_be_in_every_part_are_named():
+    shown = {f"label {i}": np.isin(np.arange(4), [a for a in range(4) if a != i]) for i in range(4)}
+    df = pd.DataFrame(shown, dtype=float).assign(group_id=list("abcd"))
+    split = group_stratified_split  # of 4 groups one part gets two; each other lacks a label
+    with pytest.warns(UserWarning, match=r"no group of some part shows: label \d, label \d\."):
+        split(df, list(shown))
