@@ -45,7 +45,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import GroupKFold
@@ -591,18 +591,31 @@ def open_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
     """
     if not isinstance(image, (str, os.PathLike)):
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        return _to_rgb(ImageOps.exif_transpose(image))
+        turn = _find_turn(image)
+        return _to_rgb(image if turn is None else image.transpose(turn))
     try:
         with Image.open(image) as file:
+            turn = _find_turn(file)
             if size is not None and file.format in ("JPEG", "MPO"):
-                turned = file.getexif().get(0x0112, 1) >= 5  # Orientation swaps width and height
-                file.draft("RGB", size if turned else size[::-1])
-            return _to_rgb(ImageOps.exif_transpose(file))
+                file.draft("RGB", size if turn in _SWAPPING else size[::-1])
+            return _to_rgb(file if turn is None else file.transpose(turn))
     except FileNotFoundError:
         raise FileNotFoundError(f"{image}: no such image; check the folder or the CSV.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a damaged file makes a decoder raise
         problem = f"cannot be read as an image ({error}); replace it or leave it out."
         raise OSError(f"{image}: {problem}") from None
+
+
+_TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # by Orientation
+_SWAPPING = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
+
+
+def _find_turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what sets an image upright; broken EXIF never costs a photo."""
+    try:
+        return _TURNS.get(image.getexif().get(0x0112))
+    except Exception:
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

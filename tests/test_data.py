@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision.transforms import v2
 
@@ -811,3 +811,37 @@ def test_colour_bar_is_drawn_when_it_has_a_name():
     figure = du.show_images([quadrants()], columns=1, bar="strength")
     assert [axis.get_ylabel() for axis in figure.axes] == ["", "strength"]
     plt.close(figure)
+
+
+TIFF = b"Exif\0\0II*\0\x08\0\0\0"
+BROKEN_EXIF = {
+    "cut off": TIFF + b"\x05\0\x12",
+    "garbage": b"Exif\0\0" + bytes(range(200)),
+    "no TIFF at all": b"Exif\0\0",
+    "loop": TIFF + b"\x01\0\x69\x87\x04\0\x01\0\0\0\x08\0\0\0" + b"\x08\0\0\0",
+    "orientation 99": TIFF + b"\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0" + b"\0" * 4,
+}
+
+
+@pytest.mark.parametrize("exif", BROKEN_EXIF.values(), ids=BROKEN_EXIF)
+@pytest.mark.parametrize("size", [None, (16, 32)])
+def test_broken_exif_never_costs_a_photo(tmp_path, exif, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "good.jpg")
+    Image.fromarray(pixels).save(tmp_path / "broken.jpg", exif=exif)
+    assert exif in (tmp_path / "broken.jpg").read_bytes()
+    good, broken = (du.open_image(tmp_path / f"{n}.jpg", size) for n in ("good", "broken"))
+    assert np.array_equal(good, broken)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+        assert np.array_equal(du.open_image(image), expected)
+    assert np.array_equal(du.open_image(tmp_path / "a.jpg"), expected)
+    assert np.array_equal(du.open_image(tmp_path / "a.jpg", expected.shape[:2]), expected)
