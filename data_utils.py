@@ -45,7 +45,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
 from filelock import FileLock, Timeout
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import GroupKFold
