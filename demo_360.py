@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from PIL import Image, ImageColor, ImageDraw
 from tqdm.auto import tqdm
 
@@ -923,6 +924,8 @@ def make_demo(
         for drawn in Parallel(n_jobs=n_jobs, return_as="generator")(jobs):
             rows += drawn
             progress.update(len(drawn) // 2)
+    # The next to use these workers may load torch: joblib would take that for a leak of memory.
+    get_reusable_executor().shutdown()
     columns = ["image", "site", "day", *LABELS, *(f"{name}_fraction" for name in LABELS)]
     truth = pd.DataFrame(rows)[columns]
     _write_text(out_dir / "demo_360.ndjson", _export(rows, width, seed))
