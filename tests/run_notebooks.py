@@ -21,7 +21,6 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from PIL import Image
-from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [
@@ -91,7 +90,8 @@ def run(folder: Path, root: Path, names: Sequence[str]) -> str | None:
     """Run copies of `names` below `root`; return the one that failed, after which none is run."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
-    for name in tqdm(names, desc="notebooks"):
+    for number, name in enumerate(names, start=1):
+        print(f"{number} of {len(names)}: {name}", flush=True)
         notebook = nbformat.read(root / f"{name}.ipynb", as_version=4)
         began, failed = time.perf_counter(), None
         resources = {"metadata": {"path": str(root)}}
