@@ -606,14 +606,14 @@ def open_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
         raise OSError(f"{image}: {problem}") from None
 
 
-_TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # by Orientation
-_SWAPPING = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # by Orientation
+_SWAPPING = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
 
 
 def _find_turn(image: Image.Image) -> Image.Transpose | None:
     """Return what sets an image upright; broken EXIF never costs a photo."""
     try:
-        return _TURNS.get(image.getexif().get(0x0112))
+        return TURNS.get(image.getexif().get(0x0112))
     except Exception:
         return None
 
