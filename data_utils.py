@@ -47,6 +47,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
+from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import GroupKFold
@@ -2201,19 +2202,33 @@ class Trainer:
 
 
 def _average_precision(targets: Array, probs: Array, weights: Array) -> Array:
-    """Return sklearn's average_precision_score for each row of weights and label, (R, L)."""
+    """Return sklearn's average_precision_score for each row of weights and label, (R, L).
+
+    Weights are counts: their sums are exact in float32. A sparse product adds them up between the
+    cuts at which recall grows, without a sorted copy of (N, R).
+    """
+    counts = np.ascontiguousarray(weights.T, np.float32)  # (N, R)
     result = np.full((len(weights), targets.shape[1]), np.nan)
     for label in np.flatnonzero((targets >= 0.5).any(0)):
-        known = ~np.isnan(targets[:, label])
-        order = np.argsort(-probs[known, label], kind="stable")
-        p, y = probs[known, label][order], targets[known, label][order] >= 0.5
-        w = weights[:, known][:, order]
-        cut = np.append(p[1:] != p[:-1], True)  # equal probabilities are one cut
-        tp, predicted = (np.cumsum(counted, axis=1)[:, cut] for counted in (w * y, w))
-        gained = np.diff(tp, axis=1, prepend=0)
+        known = np.flatnonzero(~np.isnan(targets[:, label]))
+        order = known[np.argsort(-probs[known, label], kind="stable")]
+        p, y = probs[order, label], targets[order, label] >= 0.5
+        cuts = np.flatnonzero(np.append(p[1:] != p[:-1], True))  # equal probabilities are one cut
+        hits = np.cumsum(y)[cuts]
+        grown = np.diff(hits, prepend=0) > 0
+        gained = _sum_between(order[y], hits[grown], counts)  # (cuts, R)
+        predicted = _sum_between(order, cuts[grown] + 1, counts).cumsum(0, float)
+        tp = gained.cumsum(0, float)
         with np.errstate(invalid="ignore"):
-            result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(1) / tp[:, -1]
+            result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(0) / tp[-1]
     return result
+
+
+def _sum_between(order: Array, ends: Array, counts: Array) -> Array:
+    """Return the sums of `counts` (N, R) over rows `order[a:b]` between neighbouring ends."""
+    rows = order[: ends[-1]], np.append(0, ends)
+    pieces = csr_array((np.ones(ends[-1], np.float32), *rows), shape=(len(ends), len(counts)))
+    return pieces @ counts
 
 
 def mean_average_precision(targets: Array, probs: Array) -> float:
@@ -2260,7 +2275,9 @@ def _replicates(
     chunks = np.array_split(weights, max(1, weights.size // 20_000_000))
     scores = {"AP": np.vstack([_average_precision(targets, probs, chunk) for chunk in chunks])}
     cells = (true & predicted, ~true & predicted, true & ~predicted)
-    tp, fp, fn = (weights @ (known & c).astype(float) for c in cells)  # (1 + n_bootstrap, L)
+    counts = weights.astype(np.float32)  # their sums are exact, in half the time and memory
+    products = [counts @ (known & c).astype(np.float32) for c in cells]
+    tp, fp, fn = np.array(products, float)  # each (1 + n_bootstrap, L)
     wrong, judged = known & (true != predicted), known.any(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         scores |= {"precision": tp / (tp + fp), "recall": tp / (tp + fn)}
