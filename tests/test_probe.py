@@ -603,10 +603,9 @@ def test_predictions_are_marked_right_missed_and_wrong():
 
 
 def test_nine_photos_are_drawn_each_with_its_own_answers():
+    labels = list("abcdefghijklmnopqrst")
     photos = [np.full((8, 8, 3), 10 * i, np.uint8) for i in range(20)]
-    part = SimpleNamespace(
-        paths=photos, targets=np.eye(20), label_columns=list("abcdefghijklmnopqrst")
-    )
+    part = SimpleNamespace(paths=photos, targets=np.eye(20), label_columns=labels)
     du.show_predictions(part, np.eye(20), np.full(20, 0.5), seed=1)
     axes = plt.gcf().axes
     drawn = [axis.images[0].get_array()[0, 0, 0] // 10 for axis in axes]
