@@ -164,9 +164,15 @@ def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Return every image file below `folder`, sorted, without hidden, thumbnail and recycled ones.
+    """Return every image file below `folder`, see `image_names`."""
+    return [Path(folder, name) for name in image_names(folder)]
 
-    Links to folders are followed, each folder once and by its own path if it has one in `folder`.
+
+def image_names(folder: str | os.PathLike) -> list[str]:
+    """Return the path below `folder` (POSIX) of each image, without hidden and recycled ones.
+
+    They are sorted by folder. Links to folders are followed, each folder once and by its own path
+    if it has one in `folder`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -183,8 +189,15 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
             if here.resolve() not in seen:
                 seen.add(here.resolve())
                 starts += sorted(here / name for name in shown if (here / name).is_symlink())
-                found += [here / name for name in files if name[0] != "."]
-    return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+                below = here.relative_to(folder).as_posix().removeprefix(".")
+                images = [n for n in files if n[0] != "." and _suffix(n) in IMAGE_SUFFIXES]
+                images = [n for n in images if os.path.isfile(os.path.join(here, n))]
+                found += [f"{below}/{name}" for name in images] if below else images
+    return sorted(found, key=lambda name: name.replace("/", "\0"))  # a folder before "folder 2"
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 # ---------------------------------------------------------------- labels
@@ -461,8 +474,7 @@ def to_targets(
 
 
 def _without_suffix(name: str) -> str:
-    path = Path(name)
-    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
+    return os.path.splitext(name)[0] if _suffix(name) in IMAGE_SUFFIXES else name
 
 
 def panorama_name(path: str | os.PathLike) -> str:
@@ -471,9 +483,9 @@ def panorama_name(path: str | os.PathLike) -> str:
 
 
 def panorama_groups(paths: pd.Series) -> pd.Series:
-    """Return the panorama of each path, also where class folders lie between its two halves."""
-    panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
-    file = paths.map(lambda p: _without_suffix(p.name))
+    """Return the panorama of each POSIX path, also where class folders part its two halves."""
+    panorama = paths.map(panorama_name)
+    file = paths.map(lambda path: _without_suffix(path.rpartition("/")[2]))
     name = file.map(panorama_name)
     # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
     alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
