@@ -53,7 +53,6 @@ from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.layers import resample_abs_pos_embed
 from timm.loss import CLASS_WEIGHT_METHODS, compute_class_weights, create_classification_loss
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -71,6 +70,7 @@ PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
 FORMAT_VERSION = 3  # 1 knew no "activation", 2 had its weights in a pickle
 WEIGHTS = "model.safetensors"
+PathLike = str | os.PathLike
 Array = np.ndarray
 Cuts = float | Sequence[float] | str
 Groups = Sequence | None
@@ -86,7 +86,7 @@ _HALF = re.compile(r"_(left|right)$")
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place only if all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_json(path: str | os.PathLike, content: Any) -> None:
+def _write_json(path: PathLike, content: Any) -> None:
     with replacing(path) as temporary:
         text = json.dumps(content, indent=2, ensure_ascii=False)
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes
@@ -118,28 +118,26 @@ def _some(names: Iterable[Any], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _need_file(path: str | os.PathLike, fix: str) -> Path:
+def _need_file(path: PathLike, fix: str) -> Path:
     """Return `path` if it is a file; `fix` ends the sentence that is raised otherwise."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; {fix}.")
     return Path(path)
 
 
-def _bad_line(path: str | os.PathLike, number: int, problem: str) -> ValueError:
+def _bad_line(path: PathLike, number: int, problem: str) -> ValueError:
     return ValueError(f"{path}, line {number}: {problem}.")
 
 
-def read_tuned(path: str | os.PathLike, head: str, network: dict | None = None) -> dict[str, Any]:
+def read_tuned(path: PathLike, head: str, network: dict | None = None) -> dict[str, Any]:
     """Return what tuning.ipynb found for a head: fields of `TrainConfig`, as OPTIONS takes them.
 
     Warns of each field of `network` (e.g. model_name) that was another in the search.
     """
     path = _need_file(path, "run tuning.ipynb to make it")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        found = {name.lower(): value for name, value in content.items()}  # once in capitals
-        own = found.pop("head")
-        before = {name.lower(): value for name, value in found.pop("found_with", {}).items()}
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        own, before = found.pop("head"), found.pop("found_with", {})
         notebook = {"linear": "training", "csra": "csra", "mldecoder": "mldecoder"}[own]
         _check_options(found, TUNABLE)
         TrainConfig(**found)
@@ -148,8 +146,7 @@ def read_tuned(path: str | os.PathLike, head: str, network: dict | None = None) 
     if own != head:
         raise ValueError(f"{path}: found for head={own!r}, not {head!r}; use {notebook}.ipynb.")
     now = json.loads(json.dumps(network or {}))  # tuples become lists, as in the file
-    other = [name for name, value in now.items() if before.get(name, value) != value]
-    if other:
+    if other := [name for name in now if before.get(name, now[name]) != now[name]]:
         warnings.warn(f"{path}: found with another {_some(other)}; search again.", stacklevel=2)
     return found
 
@@ -159,27 +156,26 @@ def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}.")
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
+def list_images(folder: PathLike) -> list[Path]:
     """Return every image file below `folder`, sorted, without hidden, thumbnail and recycled ones.
 
-    Links to folders are followed, each folder once and by its own path if it has one in `folder`.
+    Links to other folders are followed, each folder once.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     unwanted = {"@eadir", "$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot"}
     unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
-    found, seen, starts = [], set(), [folder]
-    for start in starts:  # links are put at its end, so that real folders come first
-        if start != folder and folder.resolve().is_relative_to(start.resolve()):
-            continue  # a link back to where we come from
-        for here, folders, files in ((Path(h), d, f) for h, d, f in os.walk(start)):
-            shown = [n for n in folders if n[0] != "." and n.lower() not in unwanted]
-            folders[:] = [] if here.resolve() in seen else shown
-            if here.resolve() not in seen:
-                seen.add(here.resolve())
-                starts += sorted(here / name for name in shown if (here / name).is_symlink())
-                found += [here / name for name in files if name[0] != "."]
+    root, seen, found = folder.resolve(), set(), []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        here, real = Path(here), Path(here).resolve()
+        known = here.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))
+        if real in seen or (known and here != folder):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(n for n in folders if n[0] != "." and n.lower() not in unwanted)
+        found += [here / name for name in files if name[0] != "."]
     return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
@@ -204,7 +200,7 @@ def image_name(data_row: dict) -> str | None:
     return name.strip() if isinstance(name, str) else None
 
 
-def _read_export(path: str | os.PathLike) -> Iterator[list[dict]]:
+def _read_export(path: PathLike) -> Iterator[list[dict]]:
     """Yield the answers of each row of a Labelbox v2 export."""
     hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) per line"
     path = _need_file(path, "name the export of a Labelbox project")
@@ -299,7 +295,7 @@ def _graded_questions(answers: pd.DataFrame) -> set[tuple]:
     return {question for question, scheme in schemes.items() if scheme <= known}
 
 
-def _name_answers(answers: pd.DataFrame, path: str | os.PathLike) -> pd.DataFrame:
+def _name_answers(answers: pd.DataFrame, path: PathLike) -> pd.DataFrame:
     """Add question, grade and label to the paths; no two paths may give one label."""
     chosen = answers["path"].notna() & (answers["kind"] != "text")
     graded = _graded_questions(answers[chosen])
@@ -327,7 +323,7 @@ def _name_answers(answers: pd.DataFrame, path: str | os.PathLike) -> pd.DataFram
     return named.assign(graded=in_scheme).rename(columns={"path": "question"})
 
 
-def _tell_apart(rows: list[list[dict]], path: str | os.PathLike) -> None:
+def _tell_apart(rows: list[list[dict]], path: PathLike) -> None:
     """Call photos of one name by their global keys, where these are the paths of such files."""
     photos: dict[str, dict] = {}
     for first in (row[0] for row in rows):
@@ -345,7 +341,7 @@ def _tell_apart(rows: list[list[dict]], path: str | os.PathLike) -> None:
 
 
 def read_labelbox(
-    path: str | os.PathLike,
+    path: PathLike,
     problematic: str = "drop",
     flags: Sequence[str] = ("Problematic", "Revisit"),
     rework: str = "keep",
@@ -402,7 +398,7 @@ def read_labelbox(
     return answers
 
 
-def check_label_names(labels: Iterable[str], path: str | os.PathLike, what: str = "label") -> None:
+def check_label_names(labels: Iterable[str], path: PathLike, what: str = "label") -> None:
     """Refuse labels that are called like another column of a partition or of predictions."""
     labels = sorted(labels)
     taken = {"image", "part", *NOT_LABELS, *(f"{label}_prob" for label in labels)}
@@ -461,7 +457,7 @@ def _without_suffix(name: str) -> str:
     return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
 
 
-def panorama_name(path: str | os.PathLike) -> str:
+def panorama_name(path: PathLike) -> str:
     """Return the path of a photo without suffix and side; the halves of a panorama share it."""
     return _HALF.sub("", _without_suffix(str(path)))
 
@@ -493,7 +489,7 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     return combined.reset_index()
 
 
-def read_table(path: str | os.PathLike) -> pd.DataFrame:
+def read_table(path: PathLike) -> pd.DataFrame:
     """Read a CSV (commas, semicolons, tabs) as stripped text; its index is the line less 2."""
     text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
     try:
@@ -527,7 +523,7 @@ def _separator(text: str) -> str:
     return ","
 
 
-def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.DataFrame:
+def parse_cells(cells: pd.DataFrame, path: PathLike, soft: bool) -> pd.DataFrame:
     """Turn the text of `read_table` into 1, 0, NaN (empty) and, if `soft`, values between."""
     values = cells.apply(pd.to_numeric, errors="coerce")
     good = ((values >= 0) & (values <= 1)) if soft else values.isin([0, 1])
@@ -540,7 +536,7 @@ def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.
     return values.astype(float)
 
 
-def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
+def read_partition(path: PathLike) -> tuple[pd.DataFrame, list[str]]:
     """Return the rows of a partition CSV, paths seen from the working directory, and its labels."""
     path = _need_file(path, "run partitioning.ipynb to make it")
     df = read_table(path)
@@ -555,7 +551,7 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
 
 
 def load_parts(
-    folder: str | os.PathLike, names: Sequence[str] = PARTS
+    folder: PathLike, names: Sequence[str] = PARTS
 ) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Read the partitions of `folder` and their labels; no group may stand in two parts."""
     paths = {name: Path(folder) / f"{name}_partition.csv" for name in names}
@@ -573,7 +569,7 @@ def load_parts(
     return parts, labels
 
 
-def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
+def write_partition(df: pd.DataFrame, path: PathLike) -> None:
     """Write a partition CSV; `image_path` becomes relative to the CSV's folder."""
     relative = [Path(os.path.relpath(p, Path(path).parent)).as_posix() for p in df["image_path"]]
     with replacing(path) as temporary:
@@ -589,7 +585,7 @@ def open_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
     Where `size` (height, width) is enough, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size. A file
     that is missing, truncated or no image is named by an OSError.
     """
-    if not isinstance(image, (str, os.PathLike)):
+    if not isinstance(image, PathLike):
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         turn = _find_turn(image)
         return _to_rgb(image if turn is None else image.transpose(turn))
@@ -721,7 +717,7 @@ class DataPartition(Dataset):
         df: pd.DataFrame,
         label_columns: Sequence[str],
         transform: Callable | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: PathLike | None = None,
     ) -> None:
         missing = [c for c in ("image_path", *label_columns) if c not in df.columns]
         if missing:
@@ -823,7 +819,7 @@ def _patches(images: torch.Tensor, side: int = 6) -> torch.Tensor:
 
 
 def patch_features(
-    paths: Sequence[str | os.PathLike], n_components: int = 128, seed: int = 42
+    paths: Sequence[PathLike], n_components: int = 128, seed: int = 42
 ) -> torch.Tensor:
     """Describe images (N, D ≤ N) by patches of themselves (Coates et al., AISTATS 2011)."""
     if len(paths) < 2:
@@ -993,8 +989,8 @@ class MLDecoder(nn.Module):
         decoder.embed_standart = nn.Linear(num_features, decoder_embedding)
         decoder.query_embed = nn.Embedding(groups, decoder_embedding).requires_grad_(False)
         decoder.layers = nn.ModuleList([_DecoderLayer(decoder_embedding, dim_feedforward, dropout)])
-        shape = groups, decoder_embedding, self.labels_per_group
-        decoder.duplicate_pooling = nn.Parameter(nn.init.xavier_normal_(torch.empty(shape)))
+        pooling = torch.empty(groups, decoder_embedding, self.labels_per_group)
+        decoder.duplicate_pooling = nn.Parameter(0.4 * nn.init.xavier_normal_(pooling))
         decoder.duplicate_pooling_bias = nn.Parameter(torch.zeros(num_labels))
         self.decoder = decoder
 
@@ -1017,11 +1013,6 @@ class MLDecoder(nn.Module):
 
 
 HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
-
-
-def _head_options(head: str) -> set[str]:
-    found = set(inspect.signature(HEADS[head]).parameters) if HEADS[head] else set()
-    return found - {"num_features", "num_labels"}
 
 
 # ---------------------------------------------------------------- model
@@ -1069,7 +1060,7 @@ def build_model(
     name: str,
     num_labels: int,
     head: str = "linear",
-    pretrained: bool | str | os.PathLike = True,
+    pretrained: bool | PathLike = True,
     img_size: int | Sequence[int] | None = None,
     head_bias: Sequence[float] | None = None,
     **kwargs: Any,
@@ -1079,8 +1070,8 @@ def build_model(
     `.data_config` says how to prepare images, `.spec` how to build it again.
 
     Args:
-        pretrained: True (Hugging Face hub), False (random weights) or a weight file. A JSON of the
-            same name beside it may hold "pretrained_window_sizes", which SwinV2 must know.
+        pretrained: True (Hugging Face hub), False (random weights) or a weight file; a JSON of the
+            same name beside it may hold its "img_size" and "pretrained_window_sizes" (SwinV2).
         img_size: input height and width in pixels; None is the model's own.
         head_bias: the logits that the head starts from (L,), see `base_rate_logits`; None: zeros.
         **kwargs: options of `CSRA` or `MLDecoder` go to the head, all else to timm.
@@ -1089,17 +1080,20 @@ def build_model(
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
-    head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in _head_options(head)}
-    foreign = kwargs.keys() & {option for other in HEADS for option in _head_options(other)}
-    if foreign:
+    options = {key: [*inspect.signature(h).parameters][2:] for key, h in HEADS.items() if h}
+    head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in options.get(head, ())}
+    if foreign := kwargs.keys() & set(itertools.chain(*options.values())):
         raise ValueError(f"the {head} head has no option {_some(sorted(foreign))}.")
-    if pretrained and pretrained is not True:
-        kwargs = _pretrained_windows(name, Path(pretrained)) | kwargs
+    note = _read_note(Path(pretrained)) if pretrained and pretrained is not True else {}
+    if timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2"):
+        windows = ("pretrained_window_sizes",)  # SwinV2 measures positions in shares of them
+        kwargs = {key: note[key] for key in windows if key in note} | kwargs
     size = timm.layers.to_2tuple(img_size) if img_size else None
     model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
     bias = torch.zeros(num_labels) if head_bias is None else head_bias
     _start_head(model, bias)
     if pretrained:
+        model.pretrained_model_args = note  # "img_size": timm takes positions for square without
         _load_weights(model, name, pretrained, num_labels)
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *size) if size else config["input_size"]
@@ -1164,27 +1158,26 @@ def _create_model(name, size, kwargs):
 
 
 def _classifier(model: nn.Module) -> nn.Module:
-    """Return the head of a model as one module; distilled models have two."""
+    """Return what gives the logits as one module; distilled models have two, a bare one none."""
     head = getattr(model, "get_classifier", nn.Identity)()
     return nn.ModuleList(head) if isinstance(head, tuple) else head
 
 
 def _last_layers(model):
     """Return the layers that give the logits of a model with a linear head; distilled have two."""
-    head = _classifier(model) if hasattr(model, "get_classifier") else model
+    head = _classifier(model)
     parts = head if isinstance(head, nn.ModuleList) else [head]
-    layers = [[m for m in p.modules() if isinstance(m, (nn.Linear, nn.Conv2d))] for p in parts]
-    return [found[-1] for found in layers if found]  # none of a backbone without a head
+    layers = [[m for m in p.modules() if isinstance(m, nn.Linear | nn.Conv2d)] for p in parts]
+    return [found[-1] for found in layers if found]
 
 
 @torch.no_grad()
 def _start_head(model, bias):
     """Make the first logits nearly `bias`: large ones would tear up the pretrained features."""
     head, bias = getattr(model, "head", None), torch.as_tensor(bias, dtype=torch.float32)
-    if isinstance(head, CSRA):  # of its weights only the directions count
+    if isinstance(head, CSRA):
         head.bias.copy_(bias)
     elif isinstance(head, MLDecoder):
-        head.decoder.duplicate_pooling.mul_(0.4)
         head.decoder.duplicate_pooling_bias.copy_(bias)
     else:
         for layer in _last_layers(model):  # timm's start of EfficientNet is 16 times as large
@@ -1218,13 +1211,11 @@ def _load_weights(model, name, source, num_labels):
         ) from error
 
 
-def _pretrained_windows(name, weights):
-    """Return in which windows a SwinV2 was pretrained: it measures positions in shares of them."""
-    note, key = weights.with_suffix(".json"), "pretrained_window_sizes"
-    is_swin_v2 = timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2")
+def _read_note(weights):
+    """Return the JSON that pretraining.ipynb writes beside its weights, if there is one."""
+    note = weights.with_suffix(".json")
     try:
-        content = json.loads(note.read_bytes()) if is_swin_v2 and note.is_file() else {}
-        return {key: content[key]} if key in content else {}
+        return dict(json.loads(note.read_bytes())) if note.is_file() else {}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{note}: no JSON of pretraining.ipynb ({error}).") from None
 
@@ -1237,7 +1228,6 @@ def _load_file(model, name, path, rename):
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
         with contextlib.suppress(KeyError):  # weights of another architecture: named below
-            state = _resize_wide_positions(state, model)
             state = rename(state, model) if rename else state
         state = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
         missing = model.load_state_dict(state, strict=False).missing_keys
@@ -1251,27 +1241,14 @@ def _load_file(model, name, path, rename):
         raise ValueError(f"{path}: {problem}.")
 
 
-def _resize_wide_positions(state, model):
-    """Resize position embeddings of 2:1 panoramas; timm takes all of them for square."""
-    table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if own is None or grid is None or getattr(table, "ndim", 0) != 3 or table.shape == own.shape:
-        return state
-    prefix = own.shape[1] - grid[0] * grid[1]  # tokens that stand nowhere in the image
-    height = round((max(table.shape[1] - prefix, 0) / 2) ** 0.5)
-    if 2 * height**2 != table.shape[1] - prefix:
-        return state
-    resized = resample_abs_pos_embed(table, list(grid), [height, 2 * height], prefix)
-    return state | {"pos_embed": resized}
-
-
 def gains_by_channels_last(model: nn.Module) -> bool:
     """Say whether convolutions do the work; patch-embedding models gain nothing."""
     return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 8
 
 
-def _memory_format(model: nn.Module) -> torch.memory_format:
-    return torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
+def _memory_format(model: nn.Module, wanted: bool | None = None) -> torch.memory_format:
+    last = gains_by_channels_last(model) if wanted is None else wanted
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _autocast(model: nn.Module, device: str) -> torch.autocast:
@@ -1282,26 +1259,26 @@ def _autocast(model: nn.Module, device: str) -> torch.autocast:
 
 def extract_features(
     model: nn.Module,
-    dataset: DataPartition,
-    batch_size: int = 32,
-    num_workers: int = 0,
+    part: DataPartition,
+    config: "TrainConfig | None" = None,  # its batch_size, num_workers and cache_dir
     pooled: bool = False,
-    cache_dir: str | os.PathLike | None = None,
 ) -> torch.Tensor:
     """Return the feature map of every image, (N, C, h, w); a head learns from it in seconds.
 
-    `pooled` is what the last layer of a linear head sees, (N, C). `cache_dir` keeps them for the
-    same photos (name, size, time), weights and preparation.
+    `pooled` is what the last layer of a linear head sees, (N, C). The cache keeps them for the same
+    photos (name, size, time), weights and preparation.
     """
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
-    cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
-    stored = _read_cached(cached, np.float32, 2 if pooled else 4) if cached else None
-    if stored is not None and len(stored) == len(dataset):
-        return torch.from_numpy(stored)
+    config, cached = config or TrainConfig(), None
+    if config.cache_dir:
+        cached = Path(config.cache_dir) / f"{_features_key(model, part, pooled)}.npy"
+        stored = _read_cached(cached, np.float32, 2 if pooled else 4)
+        if stored is not None and len(stored) == len(part):
+            return torch.from_numpy(stored)
     device, layout = next(model.parameters()).device, _memory_format(model)
     model.to(memory_format=layout).eval()
-    found, loader = [], make_loader(dataset, batch_size, num_workers=num_workers)
+    found, loader = [], make_loader(part, config.batch_size, num_workers=config.num_workers)
     # not inference_mode: a head could not be trained on its tensors
     with torch.no_grad(), _autocast(model, device.type):
         for images, _ in tqdm(loader, desc="features", leave=False, delay=2):
@@ -1318,11 +1295,9 @@ def extract_features(
     return features
 
 
-def store_features(model: nn.Module, part: DataPartition, config: "TrainConfig") -> "FeatureSet":
+def store_features(model: nn.Module, part: DataPartition, config: "TrainConfig") -> FeatureSet:
     """Return the feature maps of a part as a data set for heads, see `extract_features`."""
-    options = {"num_workers": config.num_workers, "cache_dir": config.cache_dir}
-    maps = extract_features(model, part, config.batch_size, **options)
-    return FeatureSet(maps, part.targets, part.label_columns)
+    return FeatureSet(extract_features(model, part, config), part.targets, part.label_columns)
 
 
 def _features_key(model, dataset, pooled):
@@ -1523,15 +1498,13 @@ def _read_state(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _alone_in(folder: Path, wanted: bool) -> Iterator[None]:
     """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
-    with contextlib.ExitStack() as held:
-        try:
-            if wanted:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(folder / ".lock", timeout=0))
-        except Timeout:
-            fix = "let it end or stop it first, or give this one another RUN_DIR"
-            raise RuntimeError(f"{folder}: another training runs in this folder; {fix}.") from None
-        yield
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0) if wanted else contextlib.nullcontext():
+            yield
+    except Timeout:
+        fix = "let it end or stop it first, or give this one another RUN_DIR"
+        raise RuntimeError(f"{folder}: another training runs in this folder; {fix}.") from None
 
 
 def _remove_resume_point(folder: Path) -> None:
@@ -1651,7 +1624,7 @@ class TrainConfig:
         return cls(**(found | {key: v for key, v in changes.items() if v is not None}))
 
     @classmethod
-    def read(cls, path: str | os.PathLike, **changes: Any) -> "TrainConfig":
+    def read(cls, path: PathLike, **changes: Any) -> "TrainConfig":
         """Return the settings of a config.json, with `changes`."""
         _check_options(changes)
         path = _need_file(path, "run training.ipynb to make it")
@@ -1698,24 +1671,21 @@ def build_run(
 
 
 def start_from_probe(
-    model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig, most: int = 4000
+    model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig
 ) -> float:
     """Let the head learn "plain" of `parts` on the frozen backbone; return its mAP on "val".
 
-    A linear head becomes a probe, another has 20 epochs on feature maps of `most` photos at most.
+    A linear head becomes a probe, another has 20 epochs on feature maps of 4 000 photos at most.
     """
-    is_linear = model.spec["head"] == "linear"
-    options = config.batch_size, config.num_workers, is_linear, config.cache_dir
     train, val = copy.copy(parts["plain"]), parts["val"]
-    if not is_linear:
-        rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:most])
-        train.paths, train.targets = [train.paths[i] for i in rows], train.targets[rows]
-    x, x_val = (extract_features(model, part, *options) for part in (train, val))
-    if is_linear:
+    if model.spec["head"] == "linear":
+        x, x_val = (extract_features(model, part, config, pooled=True) for part in (train, val))
         probe, _ = fit_probe(x, train.targets, train.groups, exclusive=config.loss == "ce")
         use_probe(model, probe)
         return mean_average_precision(val.targets, probe(x_val).detach().numpy())
-    sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
+    rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:4000])
+    train.paths, train.targets = [train.paths[i] for i in rows], train.targets[rows]
+    sets = [store_features(model, part, config) for part in (train, val)]
     taken = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
     own = {key: getattr(config, key) for key in taken} | {"epochs": 20, "warmup_epochs": 1}
     own["learning_rate"] = {"csra": 1e-2, "mldecoder": 1e-3}[model.spec["head"]]
@@ -1774,7 +1744,7 @@ class Trainer:
         train_set: DataPartition,
         val_set: DataPartition,
         config: TrainConfig,
-        run_dir: str | os.PathLike,
+        run_dir: PathLike,
     ) -> None:
         if train_set.label_columns != val_set.label_columns:
             raise ValueError("training and validation partitions have different labels or order.")
@@ -1793,8 +1763,8 @@ class Trainer:
         self.prepare_loss(train_set)
         self._prepare_model(model, train_set)
         self.epoch, self.step, self.history, self.stopped = 0, 0, [], False
-        found = {"processes": self.accelerator.num_processes, "precision": precision}
-        self.circumstances = found | {"images": len(train_set), "labels": config.labels}
+        self.circumstances = {"processes": self.accelerator.num_processes, "precision": precision}
+        self.circumstances["images"] = len(train_set)
 
     def prepare_loss(self, train_set: DataPartition) -> None:
         """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
@@ -1815,9 +1785,8 @@ class Trainer:
 
     def _prepare_model(self, model: nn.Module, train_set: DataPartition) -> None:
         """Set up model, moving average, optimizer, loader and the schedule over all steps."""
-        config, wanted, decay = self.config, self.config.channels_last, self.config.ema_decay
-        self.channels_last = gains_by_channels_last(model) if wanted is None else wanted
-        self.layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        config, decay = self.config, self.config.ema_decay
+        self.layout = _memory_format(model, config.channels_last)
         self.plain = model = model.to(self.accelerator.device, memory_format=self.layout)
         if config.grad_checkpointing:
             getattr(model, "backbone", model).set_grad_checkpointing()
@@ -1878,18 +1847,15 @@ class Trainer:
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
-        free = {"patience", "num_workers", "compile", "cache_dir", "flip_test", "labels"}
+        free = {"patience", "num_workers", "compile", "cache_dir", "flip_test"}
         changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in free]
         if changed:
             raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
         for what, now in self.circumstances.items():
             before = state.get(what, now)
-            found = f"{before} {what}, and now there are {now}"
-            found = "other labels" if what == "labels" else found
-            if what == "precision":  # "bf16" and "no" may follow each other, on another machine
-                found = f"{before!r}, and precision is now {now!r}"
-                before = before if "fp16" in (before, now) else now
-            if before != now:
+            may_differ = what == "precision" and "fp16" not in (before, now)  # another machine
+            if before != now and not may_differ:
+                found = f"{what}={before!r}, now it is {now!r}"
                 raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
     def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
@@ -2318,7 +2284,7 @@ class _Views(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str, str]:
         item, (height, width) = self.images[index], _needed_size(self.transform)
-        name = str(item) if isinstance(item, (str, os.PathLike)) else f"image {index}"
+        name = str(item) if isinstance(item, PathLike) else f"image {index}"
         try:
             image = open_image(item, (height, width * (1 + self.halves)))
             if self.panorama and abs(image.width - 2 * image.height) > 0.02 * image.width:
@@ -2360,7 +2326,7 @@ class Classifier:
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
 
-    def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
+    def save(self, run_dir: PathLike, metrics: dict[str, float] | None = None) -> Path:
         """Write model.safetensors and best_classifier.json; of several processes in one only."""
         weights, path = Path(run_dir) / WEIGHTS, Path(run_dir) / "best_classifier.json"
         content = {"format_version": FORMAT_VERSION, **self.model.spec, **self.model.data_config}
@@ -2392,7 +2358,7 @@ class Classifier:
         return cls(model, labels, own, panorama_thresholds=whole, **options)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, labels: Sequence[str] | None = None) -> "Classifier":
+    def load(cls, path: PathLike, labels: Sequence[str] | None = None) -> "Classifier":
         """Load a best_classifier.json with these labels (None: any); safe with strangers' files."""
         path = _need_file(path, "run training.ipynb to make it")
         try:
@@ -2511,11 +2477,11 @@ class Classifier:
 def _as_items(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple, pd.Series)):
         return [item for image in images for item in _as_items(image)]
-    if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
+    if isinstance(images, PathLike) and Path(images).is_dir():
         return list_images(images)
     if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim not in (2, 3)):
         raise TypeError(f"array {images.shape} {images.dtype}: expected (H, W, 3) of uint8.")
-    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+    if isinstance(images, PathLike | Image.Image | np.ndarray):
         return [images]
     raise TypeError(f"{type(images).__name__}: expected an image, an array, a path or a folder.")
 
@@ -2604,7 +2570,7 @@ def show_images(
 
 def _as_picture(image: Any, mean: Any, std: Any) -> np.ndarray:
     if not isinstance(image, torch.Tensor):
-        is_path = isinstance(image, (str, os.PathLike))
+        is_path = isinstance(image, PathLike)
         return np.asarray(open_image(image, (384, 384)) if is_path else image)
     picture = image.cpu().numpy().transpose(1, 2, 0)
     if mean is None and (picture.min() < 0 or picture.max() > 1):

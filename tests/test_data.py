@@ -511,11 +511,12 @@ def test_damaged_cache_file_is_made_again(partition, tmp_path, kind):
 def test_damaged_features_are_made_again(partition, tmp_path, kind):
     model = du.build_model("resnet10t", 1, pretrained=False, img_size=32)
     data = du.DataPartition(partition, ["tree"], du.make_transforms(model, train=False))
-    before = du.extract_features(model, data, pooled=True, cache_dir=tmp_path / "cache")
+    config = du.TrainConfig(cache_dir=str(tmp_path / "cache"))
+    before = du.extract_features(model, data, config, pooled=True)
     (kept,) = (tmp_path / "cache").glob("*.npy")
     whole = kept.read_bytes()
     kept.write_bytes(DAMAGED[kind](whole))
-    again = du.extract_features(model, data, pooled=True, cache_dir=tmp_path / "cache")
+    again = du.extract_features(model, data, config, pooled=True)
     assert torch.equal(again, before)
     assert kept.read_bytes() == whole
 

@@ -267,7 +267,9 @@ PRETRAINED["swin"] = ("swin_tiny_patch4_window7_224", PRETRAINED["swinv2"][1])
 def save(backbone, path, windows=None):
     """Write weights as pretraining.ipynb does, in plain tensors and a JSON beside them."""
     safetensors.torch.save_file(backbone.state_dict(), path)
-    note = {"model_name": "any"} | ({"pretrained_window_sizes": windows} if windows else {})
+    note = {"img_size": backbone.spec["img_size"]} | (
+        {"pretrained_window_sizes": windows} if windows else {}
+    )
     path.with_suffix(".json").write_text(json.dumps(note))
 
 

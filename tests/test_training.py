@@ -1092,10 +1092,9 @@ def test_batch_that_was_broken_off_half_unscaled_is_forgotten(sets, tmp_path):
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({"processes": 4}, "trained with 4 processes, and now there are 1; resume as"),
-        ({"precision": "fp16"}, "trained with 'fp16', and precision is now 'no'; resume as"),
-        ({"images": 999}, "trained with 999 images, and now there are"),
-        ({"labels": ["other"]}, "trained with other labels; resume as"),
+        ({"processes": 4}, "trained with processes=4, now it is 1; resume as"),
+        ({"precision": "fp16"}, "trained with precision='fp16', now it is 'no'; resume as"),
+        ({"images": 999}, "trained with images=999, now it is"),
     ],
 )
 def test_resume_on_a_machine_that_cannot_go_on_is_refused(sets, tmp_path, saved, message):
