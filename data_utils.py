@@ -342,10 +342,7 @@ def _tell_apart(rows: list[list[dict]], path: PathLike) -> None:
 
 
 def read_labelbox(
-    path: PathLike,
-    problematic: str = "drop",
-    flags: Sequence[str] = ("Problematic", "Revisit"),
-    rework: str = "keep",
+    path: PathLike, problematic: str = "drop", flags: Sequence[str] = ("Problematic", "Revisit")
 ) -> pd.DataFrame:
     """Read a Labelbox v2 NDJSON export as annotated, one line per answer.
 
@@ -353,7 +350,7 @@ def read_labelbox(
     ("Foreground") only describe it. An ungraded question gives one label per option, named
     "question / option". Texts and `flags` (radio questions about the photo itself) are no labels.
     `problematic` "drop" leaves out the images that carry the first of `flags` (not those where it
-    is answered "No"), `rework` "drop" the labels that were sent back to their annotator.
+    is answered "No").
 
     Returns columns image, data_row_id, project, annotator, label_id, judged (False in the one line
     of an image that nobody labelled), question, kind, answer, grade (1 = most certain) and label, a
@@ -361,19 +358,14 @@ def read_labelbox(
     attention.
     """
     _check_choice("problematic", problematic, ("drop", "keep"))
-    _check_choice("rework", rework, ("drop", "keep"))
     rows = list(_read_export(path))
     if not rows:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export.")
     _tell_apart(rows, path)
     images = pd.Series([row[0]["image"] for row in rows])
     answers = pd.DataFrame(itertools.chain(*rows))
-    unread, again = (answers[column].astype(bool) for column in ("unread", "rework"))
-    report = {"unread": answers["image"][unread], "rework": answers["image"][again]}
-    if rework == "drop":
-        answers["judged"] &= ~again
-        answers.loc[again, ["path", "kind", "answer"]] = None
-    answers = answers.drop(columns=["unread", "rework", "global_key"])
+    noted = {key: answers["image"][answers.pop(key)].unique() for key in ("unread", "rework")}
+    answers = answers.drop(columns="global_key")
     answers = _name_answers(answers.drop_duplicates(ignore_index=True), path)
     graded = answers.pop("graded")
     answers.loc[answers["question"].isin(flags), "label"] = None
@@ -391,8 +383,8 @@ def read_labelbox(
         "unlabelled": judged.index[~judged].tolist(),
         "problematic": list(bad),
         "without a grade": sorted(answers.loc[ungraded, "image"].unique()),
-        "boxes not read": report["unread"].unique().tolist(),
-        "in rework": report["rework"].unique().tolist(),
+        "boxes not read": list(noted["unread"]),
+        "in rework": list(noted["rework"]),
     }
     if problematic == "drop":
         return answers[~answers["image"].isin(bad)].reset_index(drop=True)
@@ -2545,16 +2537,15 @@ def show_images(
     titles: Sequence[str] | None = None,
     columns: int = 4,
     width: float = 2.6,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
     bar: str = "",
 ) -> plt.Figure:
-    """Draw images (paths, PIL, arrays or tensors), each `width` inches wide, in a grid.
+    """Draw images (paths, PIL or arrays), each `width` inches wide, in a grid.
 
-    Normalised tensors (3, H, W) are drawn as `x * std + mean`. `bar` names a colour bar of heat
-    maps, see `overlay_heat_map`.
+    `bar` names a colour bar of heat maps, see `overlay_heat_map`.
     """
-    pictures = [_as_picture(image, mean, std) for image in images]
+    paths = [isinstance(image, PathLike) for image in images]
+    pictures = [open_image(i, (384, 384)) if is_path else i for i, is_path in zip(images, paths)]
+    pictures = [np.asarray(picture) for picture in pictures]
     given = [str(title).encode(errors="backslashreplace") for title in titles or [""] * len(images)]
     lines = [title.decode().splitlines() for title in given]  # Matplotlib draws no lone surrogates
     texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in found) for found in lines]
@@ -2571,16 +2562,6 @@ def show_images(
     if bar:
         figure.colorbar(plt.cm.ScalarMappable(cmap="plasma"), ax=axes, label=bar, shrink=0.8)
     return figure
-
-
-def _as_picture(image: Any, mean: Any, std: Any) -> np.ndarray:
-    if not isinstance(image, torch.Tensor):
-        is_path = isinstance(image, PathLike)
-        return np.asarray(open_image(image, (384, 384)) if is_path else image)
-    picture = image.cpu().numpy().transpose(1, 2, 0)
-    if mean is None and (picture.min() < 0 or picture.max() > 1):
-        raise ValueError("a tensor holds values outside 0 to 1; give its mean and std.")
-    return picture if mean is None else (picture * std + mean).clip(0, 1)
 
 
 def show_predictions(part: DataPartition, probs: Array, thresholds: Any, seed: int = 42) -> None:
