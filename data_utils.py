@@ -1,7 +1,8 @@
 """Helpers that the 360° photo notebooks share: labels, partitions, models, training, scores.
 
-The sections follow the data. Everything is importable at the top level and picklable, so that
-DataLoader workers and launched processes can use it; copy this file beside a notebook of your own.
+The sections follow the data: `open_image` decodes, `MaskedLoss` leaves unknown cells out,
+`Trainer._end_epoch` keeps the best weights, `HEADS` says how to add a head. Everything is picklable
+for DataLoader workers and launched processes; copy this file beside a notebook of your own.
 
 Shape letters: B batch, C channels, H height, W width, N images, L labels, G groups.
 A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target).
@@ -891,6 +892,7 @@ class CSRA(nn.Module):
     """
 
     TEMPERATURES = {1: [1], 2: [1, 99], 4: [1, 2, 4, 99]} | {n: [*range(1, n), 99] for n in (6, 8)}
+    frozen_rate = 1e-2  # learning rate where the backbone rests
 
     def __init__(self, num_features: int, num_labels: int, heads: int = 1, lam: float = 0.1):
         super().__init__()
@@ -961,6 +963,8 @@ class MLDecoder(nn.Module):
     layer turns each of the K answers, of the width D = decoder_embedding, into ⌈L/K⌉ logits.
     """
 
+    frozen_rate = 1e-3
+
     def __init__(
         self,
         num_features: int,
@@ -987,6 +991,10 @@ class MLDecoder(nn.Module):
         decoder.duplicate_pooling_bias = nn.Parameter(torch.zeros(num_labels))
         self.decoder = decoder
 
+    @property
+    def bias(self) -> nn.Parameter:
+        return self.decoder.duplicate_pooling_bias
+
     def _ask(self, features, need_weights=False):
         embed, queries = self.decoder.embed_standart, self.decoder.query_embed.weight
         memory = embed(_positions(features, embed.in_features)).relu()  # (B, N, D)
@@ -1005,6 +1013,7 @@ class MLDecoder(nn.Module):
         return maps.repeat_interleave(self.labels_per_group, 1)[:, : self.num_labels]
 
 
+# A head of your own is a class like CSRA, with `forward`, `attention` and `bias`, and a name here.
 HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
 
 
@@ -1167,16 +1176,14 @@ def _last_layers(model):
 @torch.no_grad()
 def _start_head(model, bias):
     """Make the first logits nearly `bias`: large ones would tear up the pretrained features."""
-    head, bias = getattr(model, "head", None), torch.as_tensor(bias, dtype=torch.float32)
-    if isinstance(head, CSRA):
-        head.bias.copy_(bias)
-    elif isinstance(head, MLDecoder):
-        head.decoder.duplicate_pooling_bias.copy_(bias)
-    else:
-        for layer in _last_layers(model):  # timm's start of EfficientNet is 16 times as large
-            nn.init.trunc_normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
-            if layer.bias is not None:
-                layer.bias.copy_(bias)
+    bias = torch.as_tensor(bias, dtype=torch.float32)
+    if isinstance(model, _HeadedModel):
+        model.head.bias.copy_(bias)
+        return
+    for layer in _last_layers(model):  # timm's start of EfficientNet is 16 times as large
+        nn.init.trunc_normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
+        if layer.bias is not None:
+            layer.bias.copy_(bias)
 
 
 def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray:
@@ -1685,7 +1692,7 @@ def start_from_probe(
     sets = [store_features(model, part, config) for part in (train, val)]
     taken = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
     own = {key: getattr(config, key) for key in taken} | {"epochs": 20, "warmup_epochs": 1}
-    own["learning_rate"] = {"csra": 1e-2, "mldecoder": 1e-3}[model.spec["head"]]
+    own["learning_rate"] = model.get_classifier().frozen_rate
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**own), folder)
         return trainer.fit()["val_mAP"].max()
