@@ -55,7 +55,7 @@ from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.loss import CLASS_WEIGHT_METHODS, compute_class_weights, create_classification_loss
+from timm.loss import compute_class_weights, create_classification_loss
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
@@ -1445,7 +1445,6 @@ class MaskedLoss(nn.Module):
         # One sample count for all labels, as timm expects: each label's rate scaled to N images.
         counts = np.nansum(targets, axis=0) / np.maximum((~np.isnan(targets)).sum(0), 1) * n
         if class_weights is not None:
-            _check_choice("class_weights", class_weights, CLASS_WEIGHT_METHODS)
             kind, weights = compute_class_weights(counts, n, class_weights)
             kwargs[kind] = weights
         if name == "db":
@@ -2759,7 +2758,7 @@ def _report_mistakes(
     return ["Each photo, and beside it where the model looks for that label.", *drawn]
 
 
-def write_report(run_dir: str | os.PathLike, most: int = 8) -> Path:
+def write_report(run_dir: PathLike, most: int = 8) -> Path:
     """Write RUN_DIR/report.html, one page that needs no other file: data, training, test, mistakes.
 
     All is read from the run's files and its partitions; the `most` surest mistakes are shown.

@@ -224,7 +224,7 @@ def test_unknown_loss_is_refused_by_name(name):
 
 
 def test_unknown_class_weights_are_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="class_weights='balanced': expected .*neg_pos.*inv_freq"):
+    with pytest.raises(ValueError, match="'balanced', expected .*neg_pos.*inv_freq"):
         du.MaskedLoss("bce", TRAINING, class_weights="balanced")
 
 
