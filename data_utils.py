@@ -40,10 +40,10 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, set_seed
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
@@ -69,6 +69,7 @@ NOT_LABELS = ("image_path", "group_id")
 VIEWS = ("half", "panorama")
 PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
+PRECISIONS = ("auto", "no", "bf16", "fp16", "measure")
 FORMAT_VERSION = 3  # 1 knew no "activation", 2 had its weights in a pickle
 WEIGHTS = "model.safetensors"
 Array = np.ndarray
@@ -713,7 +714,8 @@ class DataPartition(Dataset):
     """The images (3, H, W) and targets (L,), float32 with NaN for unknown, of a partition.
 
     JPEGs are decoded no larger than the resizing step of `transform` (PIL image → tensor) needs;
-    `cache_dir` keeps the decoded, shrunk copies, so that no photo is decoded twice.
+    `cache_dir` keeps the decoded, shrunk copies, so that no photo is decoded twice: `cache_gb` of
+    them, the oldest go. Several processes may share it, and pass its bound by a fiftieth each.
     """
 
     def __init__(
@@ -722,6 +724,7 @@ class DataPartition(Dataset):
         label_columns: Sequence[str],
         transform: Callable | None = None,
         cache_dir: str | os.PathLike | None = None,
+        cache_gb: float = 50.0,
     ) -> None:
         missing = [c for c in ("image_path", *label_columns) if c not in df.columns]
         if missing:
@@ -731,6 +734,7 @@ class DataPartition(Dataset):
         self.label_columns, self.transform = list(label_columns), transform
         self.targets = df[self.label_columns].to_numpy(np.float32)  # (N, L)
         self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.cache_gb, self._room = cache_gb, 0.0  # GB that may be written before the next look
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -753,6 +757,10 @@ class DataPartition(Dataset):
             image = ImageOps.cover(image, size[::-1])
         with replacing(copy) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
+        self._room -= 3e-9 * image.height * image.width
+        if self._room < 0:
+            used = trim_cache(self.cache_dir, self.cache_gb)
+            self._room = min(self.cache_gb - used, self.cache_gb / 50)
         return image
 
 
@@ -763,6 +771,23 @@ def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
         return found if found.dtype == dtype and found.ndim == ndim else None
     except Exception:  # numpy raises errors of many types at a file that is cut off or garbage
         return None
+
+
+def trim_cache(folder: str | os.PathLike, most_gb: float = np.inf) -> float:
+    """Return the GB of what is kept in `folder`; of more than `most_gb`, the oldest tenth goes."""
+    kept, ours = [], re.compile(r"[0-9a-f]{32,40}\.npy")  # what else lies there is left alone
+    for path in filter(lambda path: ours.fullmatch(path.name), Path(folder).rglob("*.npy")):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it first
+            kept.append((path.stat().st_mtime_ns, path.stat().st_size / 1e9, path))
+    total = sum(size for _, size, _ in kept)
+    if total > most_gb:
+        for _, size, path in sorted(kept):
+            with contextlib.suppress(OSError):  # Windows: somebody reads it
+                path.unlink()
+            total -= size
+            if total <= 0.9 * most_gb:
+                break
+    return total
 
 
 class FeatureSet(TensorDataset):
@@ -1315,6 +1340,7 @@ def extract_features(
     if cached:
         with replacing(cached) as temporary, open(temporary, "wb") as file:
             np.save(file, features.contiguous().numpy(), allow_pickle=False)
+        trim_cache(cache_dir, dataset.cache_gb)
     return features
 
 
@@ -1430,16 +1456,48 @@ def _fastest_device() -> str:
 
 
 def fast_precision(model: nn.Module, device: str | None = None) -> str:
-    """Return accelerate's name of the precision in which a device trains `model` fastest."""
+    """Return accelerate's name of the precision in which a device trains `model` fastest.
+
+    A rule of thumb, alike on all machines of a kind; `time_steps` measures.
+    """
     device = device or _fastest_device()
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
+    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
+    return "no" if slower and device == "cpu" else _half_precision(device)
+
+
+def _half_precision(device: str) -> str:
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cpu = torch.cpu.get_capabilities()
     units = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
-    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
-    return "bf16" if units and device == "cpu" and not slower else "no"
+    return "bf16" if units and device == "cpu" else "no"
+
+
+def time_steps(
+    model: nn.Module, images: torch.Tensor, layouts: Sequence[bool] = (False, True)
+) -> dict[tuple[str, bool], float]:
+    """Return the seconds of a training step by (precision, channels_last), the fastest first.
+
+    All of it takes a second or two, and spoils gradients and running statistics.
+    """
+    seconds = {}
+    for precision in dict.fromkeys(("no", _half_precision(images.device.type))):
+        for is_last in layouts:
+            layout, taken = torch.channels_last if is_last else torch.contiguous_format, []
+            network, batch = model.to(memory_format=layout), images.contiguous(memory_format=layout)
+            dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+            while len(taken) < 2 or (len(taken) < 5 and sum(taken) < 1):
+                start = time.perf_counter()
+                with torch.autocast(images.device.type, dtype, enabled=precision != "no"):
+                    loss = network.train()(batch).float().square().mean()
+                loss.backward()
+                grads = [p.grad for p in network.parameters() if p.grad is not None]
+                grads[0].sum().item()  # waits for a GPU, whose first layer is the last to be done
+                taken.append(time.perf_counter() - start)
+            seconds[precision, is_last] = min(taken)
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
 class MaskedLoss(nn.Module):
@@ -1548,6 +1606,7 @@ PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size"
 PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
 PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
 PRETRAINED_RECIPE |= {"batch_norm": "frozen", "start": "probe", "flip_test": True}
+PRETRAINED_RECIPE |= {"precision": "measure"}
 PRETRAINED_RECIPE |= {"patience": 40}  # to the end: the best epochs are the last, at a low rate
 SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16}
 SCRATCH_RECIPE |= {"learning_rate": 1e-3, "weight_decay": 0.2, "warmup_epochs": 3}
@@ -1623,11 +1682,12 @@ class TrainConfig:
     pretrained: bool | str = _option(False, "True (hub), or the path of a state dict")
     img_width: int = _option(0, "pixels; the height is the same, or half (panorama)", _FROM_0)
     cache_dir: str | None = _option(None, "folder that keeps shrunk photos, and features")
+    cache_gb: float = _option(50.0, "most that cache_dir holds; the oldest go", _ABOVE_0)
     patience: int = _option(10, "ends after so many epochs without a better one", _FROM_1)
     seed: int = _option(42, "where all random numbers start")
     num_workers: int = _option(0, "processes that read photos; 0: none beside this", _FROM_0)
-    precision: str = _option("auto", "auto: the fastest", ("auto", "no", "bf16", "fp16"))
-    channels_last: bool | None = _option(None, "None: where the network gains by it")
+    precision: str = _option("auto", "auto: by a rule; measure: the fastest here", PRECISIONS)
+    channels_last: bool | None = _option(None, "None: where the network gains, or measured, too")
     compile: bool = _option(False, "torch.compile: pays in long trainings")
 
     def __post_init__(self) -> None:
@@ -1673,6 +1733,7 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
+_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "labels"}
 TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 
@@ -1693,7 +1754,7 @@ def build_run(
     about = len(labels), head or config.head, config.pretrained, config.img_size, rates
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     model = build_model(config.model_name, *about, **options)
-    about = labels, make_transforms(model, False, config.view), config.cache_dir
+    about = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
     tables = parts | {"plain": parts["train"]}
     sets = {name: DataPartition(table, *about) for name, table in tables.items()}
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
@@ -1785,7 +1846,10 @@ class Trainer:
         self.run_dir, self.best_path, self.val_set = Path(run_dir), Path(run_dir) / WEIGHTS, val_set
         spec = getattr(model, "spec", {}).items()
         own = {key: value for key, value in spec if key in ("head", "head_kwargs")}
-        self.config = config = replace(config, labels=list(train_set.label_columns), **own)
+        config = replace(config, labels=list(train_set.label_columns), **own)
+        if config.precision == "measure":
+            config = self._measured(config, model, train_set)
+        self.config = config
         precision = fast_precision(model) if config.precision == "auto" else config.precision
         AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
         GradientState._reset_state()  # train more than once
@@ -1799,6 +1863,25 @@ class Trainer:
         self.epoch, self.step, self.history, self.stopped = 0, 0, [], False
         found = {"processes": self.accelerator.num_processes, "precision": precision}
         self.circumstances = found | {"images": len(train_set), "labels": config.labels}
+
+    def _measured(self, config: TrainConfig, model: nn.Module, photos: Dataset) -> TrainConfig:
+        """Put the fastest precision and layout into `config`; a resumed run keeps what it had."""
+        names, last = ("precision", "channels_last"), self.run_dir / "last" / "trainer.json"
+        saved = _read_state(self.run_dir / "config.json") if last.is_file() else {}
+        if all(saved.get(k) == v for k, v in asdict(config).items() if k not in {*names, *_FREE}):
+            return replace(config, **{name: saved[name] for name in names})
+        state, trial = PartialState(), copy.deepcopy(model)
+        if config.grad_checkpointing:
+            getattr(trial, "backbone", trial).set_grad_checkpointing()
+        n, wanted = min(8, max(2, config.batch_size)), config.channels_last
+        layouts = (False, True) if gains_by_channels_last(model) else (False,)
+        images = torch.stack([photos[i % len(photos)][0] for i in range(n)]).to(state.device)
+        layouts = layouts if wanted is None else (wanted,)
+        rates = {c: n / s for c, s in time_steps(trial.to(state.device), images, layouts).items()}
+        shown = ", ".join(f"{p}{' channels_last' * c} {r:.1f}" for (p, c), r in rates.items())
+        state.print(f"photos/s measured, the first is taken: {shown}")
+        best = broadcast_object_list([next(iter(rates))])[0]  # all processes as the first one
+        return replace(config, **dict(zip(names, best)))
 
     def prepare_loss(self, train_set: DataPartition) -> None:
         """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
@@ -1882,8 +1965,7 @@ class Trainer:
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
-        free = {"patience", "num_workers", "compile", "cache_dir", "flip_test", "labels"}
-        changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in free]
+        changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in _FREE]
         if changed:
             raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
         for what, now in self.circumstances.items():
