@@ -7,6 +7,7 @@ Shape letters: B batch, C channels, H height, W width, N images, L labels, G gro
 A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target).
 """
 
+import base64
 import contextlib
 import copy
 import csv
@@ -2806,3 +2807,110 @@ def plot_label_maps(
             titles.append(f"{name}\n{label} ({answers[f'{label}_prob'][i]:.2f})")
     bar = "strongest cell of each map = 1"
     return show_images(pictures, titles, columns=len(examples), width=1.9, bar=bar)
+
+
+# ---------------------------------------------------------------- report
+
+_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width"><style>
+body {font: 15px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em}
+div {overflow-x: auto} table {border-collapse: collapse; font-size: 13px} img {max-width: 100%}
+th, td {border-bottom: 1px solid #ddd; padding: 2px 9px} tbody th {text-align: left}
+</style></head><body><h1>{{ title }}</h1>{% for heading, items in sections.items() %}
+<h2>{{ heading }}</h2>{% for item in items %}{% if item is string %}<p>{{ item }}</p>
+{% else %}<div>{{ draw(item)|safe }}</div>{% endif %}{% endfor %}{% endfor %}</body></html>"""
+
+
+def _to_html(item: pd.DataFrame | plt.Figure) -> str:
+    """Return a table (its texts escaped) or a figure, which is closed, as HTML on its own."""
+    if isinstance(item, pd.DataFrame):
+        return item.to_html(na_rep="–", border=0, float_format="{:.3f}".format)
+    item.savefig(file := io.BytesIO(), format="jpeg", dpi=110)
+    plt.close(item)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def _report_data(parts: dict[str, pd.DataFrame], labels: list[str]) -> list:
+    rows = pd.concat(parts, names=["part"]).reset_index("part")
+    rows["panorama"] = rows["image_path"].map(panorama_name)
+    counts = rows.groupby("part", sort=False)[["image_path", "group_id", "panorama"]].nunique()
+    counts.columns = ["photos", "groups", "panoramas"]
+    cells = [("present", lambda y: y >= 0.5), ("absent", lambda y: y < 0.5), ("unknown", pd.isna)]
+    found = {(part, k): f(parts[part][labels]).sum() for part in parts for k, f in cells}
+    sizes = rows["image_path"].map(os.path.getsize)
+    alike = rows[sizes.duplicated(keep=False)]  # only files of one size can be equal
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in alike["image_path"]]
+    twice = [alike.groupby(digests), rows.groupby("panorama")]
+    twice = "{} equal files, {} panoramas".format(*(g["part"].nunique().gt(1).sum() for g in twice))
+    source = f"Photos below {os.path.commonpath([*rows['image_path']])}. In two parts: 0 groups,"
+    said = f"{source} {twice}; near-duplicates are counted in partitioning.ipynb."
+    return [said, counts, pd.DataFrame(found)]
+
+
+def _report_training(config: TrainConfig, history: pd.DataFrame, about: dict[str, Any]) -> list:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    time = f"{history['epoch'].max():.0f} epochs in {history['seconds'].sum() / 60:.1f} minutes"
+    said = f"{time}, seed {config.seed}. Python {sys.version.split()[0]}, {versions}."
+    settings = {o.name: [str(getattr(config, o.name)), o.metadata["help"]] for o in fields(config)}
+    table = pd.DataFrame.from_dict(settings, "index", columns=["value", "what it does"])
+    return [said, plot_history(history), table]
+
+
+def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> list:
+    answers = part.targets, probs
+    table = score_labels(*answers, part.label_columns, cut, part.groups, seed=seed)
+    few = ", ".join(table.index[table["note"] != ""]) or "no label"
+    groups = pd.Series(part.groups, dtype=str)
+    sites = {}
+    for site, rows in groups.groupby(groups.str.split("/").str[0], sort=False).indices.items():
+        scores = summarize_scores(*(x[rows] for x in answers), cut, n_bootstrap=0)["value"]
+        sites[site] = pd.Series({"photos": len(rows)} | scores.to_dict())
+    said = f"Intervals of 95 % by a bootstrap of whole groups. Too few to judge: {few}."
+    overall = summarize_scores(*answers, cut, part.groups, seed=seed)
+    by_site = pd.DataFrame(sites).T.astype({"photos": int})
+    return [said, overall, table.drop(columns="note"), "Site by site:", by_site]
+
+
+def _report_mistakes(
+    used: Classifier, part: DataPartition, probs: Array, reported: Array, most: int
+) -> list:
+    true = part.targets >= 0.5
+    error = np.where(~np.isnan(part.targets) & (true != reported), np.abs(probs - true), 0)
+    worst = np.argsort(-error, axis=None, kind="stable")[: min(most, np.count_nonzero(error))]
+    pictures, titles = [], []
+    for i, j in zip(*np.unravel_index(worst, error.shape)):
+        path, label = part.paths[i], part.label_columns[j]
+        pictures += [path, overlay_heat_map(path, used.explain(path, label))]
+        word = "missed" if true[i, j] else "wrongly reported"
+        titles += [f"{label}: {word}\nprobability {probs[i, j]:.2f}", Path(path).stem]
+    drawn = [show_images(pictures, titles, columns=4, width=2.4)] if pictures else []
+    return ["Each photo, and beside it where the model looks for that label.", *drawn]
+
+
+def write_report(run_dir: str | os.PathLike, most: int = 8) -> Path:
+    """Write RUN_DIR/report.html, one page that needs no other file: data, training, test, mistakes.
+
+    All is read from the run's files and its partitions; the `most` surest mistakes are shown.
+    """
+    import jinja2
+
+    run, path = Path(run_dir), Path(run_dir) / "report.html"
+    config = TrainConfig.read(run / "config.json")
+    parts, labels = load_parts(config.partition_dir)
+    used, part = Classifier.load(run / "best_classifier.json", labels), parts["test"]
+    history = pd.read_csv(_need_file(run / "history.csv", "run training.ipynb to make it"))
+    part = DataPartition(part, labels)
+    table = used.predict(part.paths, config.batch_size, config.num_workers)
+    probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
+    sections = {
+        "Data": _report_data(parts, labels),
+        "Training": _report_training(config, history, used.description),
+        "Scores on the test part": _report_scores(part, probs, used.thresholds, config.seed),
+        "The surest mistakes": _report_mistakes(used, part, probs, reported.to_numpy(), most),
+    }
+    title = f"{run.name}: {config.model_name}, {used.model.spec['head']} head"
+    page = jinja2.Template(_PAGE, autoescape=True)
+    text = page.render(title=title, sections=sections, draw=_to_html)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path
