@@ -495,7 +495,7 @@ def test_measured_choice_is_the_fastest_and_a_resumed_run_keeps_it(sets, tmp_pat
 
     measured("bf16", True)
     run = trainer(sets, tmp_path, epochs=2, precision="measure")
-    assert (run.accelerator.mixed_precision, run.channels_last) == ("bf16", True)
+    assert (run.accelerator.mixed_precision, run.layout) == ("bf16", torch.channels_last)
     run.fit(lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
     measured("no", False)  # the machine is busy with something else now
     again = trainer(sets, tmp_path, epochs=2, precision="measure")
