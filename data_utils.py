@@ -48,7 +48,13 @@ import torchvision
 from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    broadcast,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from sklearn.decomposition import PCA
@@ -69,6 +75,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, 
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+pd.options.mode.string_storage = "python"  # pyarrow's refuses file names that are no UTF-8
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 VIEWS = ("half", "panorama")
@@ -112,6 +119,11 @@ def replacing(path: str | os.PathLike, by_all: bool = False) -> Iterator[Path]:
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"  # as set by accelerate launch and torchrun
+
+
+def _this_process() -> PartialState:
+    """Return its number among those of `accelerate launch`, and set its GPU."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @functools.cache
@@ -883,7 +895,8 @@ def read_ahead(dataset: Dataset, batch_size: int) -> Iterator[Any]:
 
     Decoding lets other threads run, so that nothing is copied between processes as in `DataLoader`.
     """
-    waiting, pool = deque(), ThreadPoolExecutor(joblib.cpu_count())
+    own = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of a process
+    waiting, pool = deque(), ThreadPoolExecutor(max(own, 1))
     try:
         for index in range(len(dataset)):
             waiting.append(pool.submit(dataset.__getitem__, index))
@@ -1524,7 +1537,7 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
 
 def _fastest_device() -> str:
     if "LOCAL_RANK" in os.environ:  # `accelerate launch`: "cuda" becomes the GPU of this process
-        return PartialState().device.type
+        return _this_process().device.type
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return next((name for name, is_there in found.items() if is_there), "cpu")
 
@@ -2485,7 +2498,7 @@ class Classifier:
         with _alone_in(path.parent, trained_in):
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
             _write_json(path, content | {"validation": metrics or {}, "versions": versions})
-        PartialState().wait_for_everyone()
+        _this_process().wait_for_everyone()
         return path
 
     @classmethod
@@ -2611,7 +2624,7 @@ class Classifier:
         from there. The processes of `accelerate launch` share the work. What cannot be read stands
         in failed.csv, with the reason. Returns counts, and the share of time that the model waited.
         """
-        path, state, start, busy, n = Path(path), PartialState(), time.perf_counter(), 0.0, 0
+        path, state, start, busy, n = Path(path), _this_process(), time.perf_counter(), 0.0, 0
         _check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
         parts, main = path.with_name(f"{path.name}.parts"), state.is_main_process
         if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):

@@ -239,7 +239,7 @@ for attempt in range(100):
     child = os.fork()
     if child == 0:
         if attempt < 10:  # the time it takes is unknown: kill at a random photo
-            real, left = du.open_image, [random.Random(attempt).randrange(2, 12)]
+            real, left = du.open_image, [random.Random(attempt).randrange(2, 8)]
             def opened(image, size=None):
                 left[0] -= 1
                 if not left[0]:
@@ -260,7 +260,7 @@ for attempt in range(100):
 def test_killed_ten_times_it_loses_no_row_and_writes_none_twice(classifier, tmp_path):  # noqa: F811
     photos, path = tmp_path / "photos", tmp_path / "out" / "predictions.csv"
     photos.mkdir()
-    for i in range(40):
+    for i in range(70):  # more than ten attempts of two chunks
         t.picture(i).save(photos / f"{i:02}.jpg")
     (photos / "07.jpg").write_bytes(b"no photo")
     code = KILLED.format(root=str(ROOT), photos=str(photos), path=str(path))
