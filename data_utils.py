@@ -1477,21 +1477,25 @@ def _log_loss(logits, y, exclusive):
 
 
 def fit_probe(
-    features: torch.Tensor, targets: Array, groups: Groups = None, exclusive: bool = False
+    features: torch.Tensor,
+    targets: Array,
+    groups: Groups = None,
+    exclusive: bool = False,
+    strengths: Sequence[float] = PROBE_STRENGTHS,
 ) -> tuple[nn.Linear, pd.Series]:
     """Fit one logistic regression per label (`exclusive`: one softmax) on features (N, C).
 
     Returns the layer, features (B, C) → logits (B, L), and the log loss of each strength on groups
-    left out in turn, by which one strength for all labels is chosen.
+    left out in turn, by which one strength for all labels is chosen. A single one is not judged.
     """
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
     y = torch.as_tensor(np.asarray(targets), dtype=torch.float32)
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     x, losses, folds = (features - mean) / std, [], []  # no folds: the strongest penalty
-    if (n_folds := min(5, len(set(groups)))) > 1:
+    if len(strengths) > 1 and (n_folds := min(5, len(set(groups)))) > 1:
         splitter = GroupKFold(n_folds, shuffle=True, random_state=42)
         folds = list(splitter.split(x, groups=groups))
-    for strength in PROBE_STRENGTHS:
+    for strength in strengths:
         total = 0.0
         for train, held_out in folds:
             weights = _fit_logistic(x[train], y[train], strength, exclusive)
@@ -1500,7 +1504,7 @@ def fit_probe(
         losses.append(total / max(int((~y.isnan()).sum()), 1))
         if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
             break  # it only overfits more from here
-    table = pd.Series(losses, PROBE_STRENGTHS[: len(losses)], name="log loss")
+    table = pd.Series(losses, strengths[: len(losses)], name="log loss")
     weights = _fit_logistic(x, y, table.idxmin(), exclusive)
     layer = nn.Linear(features.shape[1], y.shape[1])
     with torch.no_grad():

@@ -157,6 +157,14 @@ def test_one_group_gets_a_probe_without_a_choice():
     assert len(losses) >= 1
 
 
+def test_single_strength_is_taken_as_it_is():
+    x, targets = draw()
+    chosen, losses = du.fit_probe(x, targets)
+    given, one = du.fit_probe(x, targets, strengths=[losses.idxmin()])
+    assert torch.equal(given.weight, chosen.weight)
+    assert one.index.tolist() == [losses.idxmin()]
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "deit_tiny_distilled_patch16_224"])
 def test_model_with_the_probe_in_it_answers_as_the_probe(name):
     torch.manual_seed(0)
