@@ -4,9 +4,11 @@ The sections follow the data. Everything is importable at the top level and pick
 DataLoader workers and launched processes can use it; copy this file beside a notebook of your own.
 
 Shape letters: B batch, C channels, H height, W width, N images, L labels, G groups.
-A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target).
+A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target); of
+classes that exclude each other a target is one number an image, -1 where nobody judged it.
 """
 
+import base64
 import contextlib
 import copy
 import csv
@@ -57,6 +59,7 @@ from accelerate.utils import (
 )
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
+from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import GroupKFold
@@ -78,9 +81,11 @@ from tqdm.auto import tqdm
 pd.options.mode.string_storage = "python"  # pyarrow's refuses file names that are no UTF-8
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
+CLASS = "class"  # the one column of classes that exclude each other; "classes.txt" has their order
 VIEWS = ("half", "panorama")
 PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
+PRECISIONS = ("auto", "no", "bf16", "fp16", "measure")
 FORMAT_VERSION = 3  # 1 knew no "activation", 2 had its weights in a pickle
 WEIGHTS = "model.safetensors"
 Array = np.ndarray
@@ -482,7 +487,7 @@ def read_labelbox(
 def check_label_names(labels: Iterable[str], path: str | os.PathLike, what: str = "label") -> None:
     """Refuse labels that are called like another column of a partition or of predictions."""
     labels = sorted(labels)
-    taken = {"image", "part", *NOT_LABELS, *(f"{label}_prob" for label in labels)}
+    taken = {"image", "part", CLASS, *NOT_LABELS, *(f"{label}_prob" for label in labels)}
     if found := [label for label in labels if label in taken]:
         raise ValueError(f"{path}: {found[0]!r} is the name of a column; rename that {what}.")
 
@@ -618,21 +623,52 @@ def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.
 
 
 def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
-    """Return the rows of a partition CSV, paths seen from the working directory, and its labels."""
+    """Return the rows of a partition CSV, paths seen from the working directory, and its labels.
+
+    Classes that exclude each other are one column `class`, a name or NaN; the labels are those of
+    classes.txt beside the CSV.
+    """
     path = _need_file(path, "run partitioning.ipynb to make it")
     df = read_table(path)
     labels = [column for column in df.columns if column not in NOT_LABELS]
     if not labels or not set(NOT_LABELS) <= set(df.columns):
         raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
-    df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
+    if CLASS in labels:
+        labels = _check_classes(df, path)
+        df = df.assign(**{CLASS: df[CLASS].mask(df[CLASS] == "")}).reset_index(drop=True)
+    else:
+        df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
     return df.assign(image_path=[_seen_from_here(path, name) for name in df["image_path"]]), labels
+
+
+_RAW = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
 
 
 def _seen_from_here(table: Path, name: str) -> str:
     """Return where a file is that a table names, seen from the table's folder."""
-    raw = r"\\udc([89a-f][0-9a-f])"  # a byte of a file name that is no UTF-8
-    name = re.sub(raw, lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
-    return Path(os.path.normpath(table.parent / name)).as_posix()
+    name = _RAW.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
+    return os.path.normpath(os.path.join(table.parent, name)).replace(os.sep, "/")
+
+
+def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
+    """Return the classes of a partition of `read_table`; a name must be known, a photo one row."""
+    names = _need_file(path.with_name("classes.txt"), "a partition of classes needs it beside it")
+    classes = names.read_text(encoding="utf-8-sig").splitlines()
+    if len(set(classes)) < len(classes) or "" in classes:
+        raise ValueError(f"{names}: expected one class per line, each once.")
+    if others := set(df.columns) - {CLASS, *NOT_LABELS}:
+        raise ValueError(f"{path}: {_some(sorted(others))} beside the column class; keep one kind.")
+    wrong, twice = ~df[CLASS].isin(["", *classes]), df["image_path"].duplicated()
+    if wrong.any():
+        first = df[wrong].iloc[0]
+        problem = f"{first[CLASS]!r} is no class of {names.name} ({_some(classes, 3)})"
+        raise _bad_line(path, first.name + 2, f"{problem}; {wrong.sum()} such cells")
+    if twice.any():
+        first = df[twice].iloc[0]
+        own = df.loc[df["image_path"] == first["image_path"], CLASS]
+        problem = f"{first['image_path']} stands twice, as {_some(own)}"
+        raise _bad_line(path, first.name + 2, f"{problem}; keep one row per photo")
+    return classes
 
 
 def load_parts(
@@ -642,23 +678,47 @@ def load_parts(
     paths = {name: Path(folder) / f"{name}_partition.csv" for name in names}
     read = {name: read_partition(path) for name, path in paths.items()}
     labels = read[names[0]][1]
-    for name, (_, own) in read.items():
-        if own != labels:
-            other = _some(sorted(set(own) ^ set(labels))) or "in another order"
+    for name, (table, own) in read.items():
+        if own != labels or (CLASS in table) != (CLASS in read[names[0]][0]):
+            other = _some(sorted(set(own) ^ set(labels))) or "in another order or of another kind"
             raise ValueError(f"{paths[name]}: other labels than {paths[names[0]].name}: {other}.")
     parts = {name: table for name, (table, _) in read.items()}
     for one, two in itertools.combinations(names, 2):
         if shared := set(parts[one]["group_id"]) & set(parts[two]["group_id"]):
             problem = f"group {_some(sorted(shared))} is in {one} and in {two}"
             raise ValueError(f"{folder}: {problem}; run partitioning.ipynb again.")
+    trained = set(parts["train"][CLASS]) if CLASS in parts.get("train", ()) else set(labels)
+    if lost := [name for name in labels if name not in trained]:
+        fix = "add photos, or take it from classes.txt and the other parts"
+        raise ValueError(f"{paths['train']}: no photo of class {_some(lost)}; {fix}.")
     return parts, labels
 
 
-def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a partition CSV; `image_path` becomes relative to the CSV's folder."""
-    relative = [Path(os.path.relpath(p, Path(path).parent)).as_posix() for p in df["image_path"]]
+def write_partition(df: pd.DataFrame, path: str | os.PathLike, classes: Sequence[str] = ()) -> None:
+    """Write a partition CSV; `image_path` becomes relative to the CSV's folder.
+
+    `classes`, in their order, become classes.txt beside it, which a column `class` needs.
+    """
+    start = Path(path).parent
+    seen = functools.cache(lambda folder: os.path.relpath(folder or ".", start))
+    pairs = [os.path.split(image) for image in df["image_path"]]
+    relative = [os.path.normpath(os.path.join(seen(folder), name)) for folder, name in pairs]
+    table = df.assign(image_path=[name.replace(os.sep, "/") for name in relative])
+    if len(classes):
+        class_numbers(df[CLASS], classes)  # refuses a name that is none of them
+        with replacing(start / "classes.txt") as temporary:
+            text = "".join(f"{name}\n" for name in classes)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     with replacing(path) as temporary:
-        df.assign(image_path=relative).to_csv(temporary, index=False, errors="backslashreplace")
+        table.to_csv(temporary, index=False, errors="backslashreplace")
+
+
+def class_numbers(names: pd.Series, classes: Sequence[str]) -> Array:
+    """Return the place of each name in `classes`, (N,) of int64, -1 for NaN."""
+    numbers = pd.Index(classes).get_indexer(names).astype(np.int64)
+    if lost := sorted(set(names[numbers < 0].dropna())):
+        raise ValueError(f"class {_some(map(repr, lost))}: none of the classes {_some(classes)}.")
+    return numbers
 
 
 # ---------------------------------------------------------------- data
@@ -793,8 +853,12 @@ def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
 class DataPartition(Dataset):
     """The images (3, H, W) and targets (L,), float32 with NaN for unknown, of a partition.
 
-    JPEGs are decoded no larger than the resizing step of `transform` (PIL image → tensor) needs;
-    `cache_dir` keeps the decoded, shrunk copies, so that no photo is decoded twice.
+    With a column `class` a target is its number (int64, -1 for unknown), and `exclusive` is true.
+    Paths and groups are kept as bytes, which worker processes share, and decoded at each look at
+    `paths` and `groups`: take these once, not in a loop. JPEGs are decoded no larger than the
+    resizing step of `transform` (PIL image → tensor) needs; `cache_dir` keeps the decoded, shrunk
+    copies, so that no photo is decoded twice: `cache_gb` of them, the oldest go. Several processes
+    may share it, and pass its bound by a fiftieth each.
     """
 
     def __init__(
@@ -803,30 +867,52 @@ class DataPartition(Dataset):
         label_columns: Sequence[str],
         transform: Callable | None = None,
         cache_dir: str | os.PathLike | None = None,
+        cache_gb: float = 50.0,
     ) -> None:
-        missing = [c for c in ("image_path", *label_columns) if c not in df.columns]
-        if missing:
-            raise ValueError(f"the partition has no column {_some(missing)}.")
-        self.paths = df["image_path"].astype(str).tolist()
-        self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
         self.label_columns, self.transform = list(label_columns), transform
-        self.targets = df[self.label_columns].to_numpy(np.float32)  # (N, L)
+        self.exclusive = CLASS in df
+        wanted = ("image_path", *(() if self.exclusive else label_columns))
+        if missing := [c for c in wanted if c not in df.columns]:
+            raise ValueError(f"the partition has no column {_some(missing)}.")
+        self.paths = df["image_path"]
+        self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
+        targets = read_targets(df, self.label_columns)  # (N,) or (N, L)
+        self.targets = targets if self.exclusive else targets.astype(np.float32)
         self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.cache_gb, self._room = cache_gb, 0.0  # GB that may be written before the next look
+
+    @property
+    def paths(self) -> list[str]:
+        return [os.fsdecode(path) for path in self._paths]
+
+    @paths.setter
+    def paths(self, paths: Iterable[str]) -> None:
+        self._paths = _as_bytes(paths)
+
+    @property
+    def groups(self) -> Array:
+        texts = self._groups.dtype.kind == "S"
+        return np.array([*map(os.fsdecode, self._groups)], object) if texts else self._groups
+
+    @groups.setter
+    def groups(self, groups: Array) -> None:
+        groups = np.asarray(groups)
+        self._groups = _as_bytes(groups) if groups.dtype.kind in "OU" else groups
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
         size = _needed_size(self.transform)
         read = self._open_cached if self.cache_dir and size else open_image
-        image = read(self.paths[index], size)
+        image = read(os.fsdecode(self._paths[index]), size)
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.targets[index])
 
     def rows(self, rows: slice) -> "DataPartition":
         """Return a part of it, small to send to another machine."""
         part = copy.copy(self)
-        for name in ("paths", "groups", "targets"):
+        for name in ("_paths", "_groups", "targets"):
             setattr(part, name, getattr(self, name)[rows])
         return part
 
@@ -841,7 +927,26 @@ class DataPartition(Dataset):
             image = ImageOps.cover(image, size[::-1])
         with replacing(copy, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
+        self._room -= 3e-9 * image.height * image.width
+        if self._room < 0:
+            used = trim_cache(self.cache_dir, self.cache_gb)
+            self._room = min(self.cache_gb - used, self.cache_gb / 50)
         return image
+
+
+def read_targets(df: pd.DataFrame, labels: Sequence[str]) -> Array:
+    """Return the numbers of the classes, (N,) with -1 for unknown, or (N, L) with NaN for it."""
+    return class_numbers(df[CLASS], labels) if CLASS in df else df[list(labels)].to_numpy(float)
+
+
+def _as_bytes(texts: Iterable[Any]) -> Array:
+    return np.array([os.fsencode(str(text)) for text in texts], bytes)
+
+
+def _as_shares(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Turn class numbers (B,) into shares (B, C), NaN in a row where the number is -1."""
+    shares = F.one_hot(targets.clamp(min=0), num_classes).float()
+    return shares.masked_fill(targets[:, None] < 0, torch.nan)
 
 
 def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
@@ -853,6 +958,23 @@ def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
         return None
 
 
+def trim_cache(folder: str | os.PathLike, most_gb: float = np.inf) -> float:
+    """Return the GB of what is kept in `folder`; of more than `most_gb`, the oldest tenth goes."""
+    kept, ours = [], re.compile(r"[0-9a-f]{32,40}\.npy")  # what else lies there is left alone
+    for path in filter(lambda path: ours.fullmatch(path.name), Path(folder).rglob("*.npy")):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it first
+            kept.append((path.stat().st_mtime_ns, path.stat().st_size / 1e9, path))
+    total = sum(size for _, size, _ in kept)
+    if total > most_gb:
+        for _, size, path in sorted(kept):
+            with contextlib.suppress(OSError):  # Windows: somebody reads it
+                path.unlink()
+            total -= size
+            if total <= 0.9 * most_gb:
+                break
+    return total
+
+
 class FeatureSet(TensorDataset):
     """Features (N, ...) instead of photos: trains a head alone, goes where DataPartition goes."""
 
@@ -860,7 +982,8 @@ class FeatureSet(TensorDataset):
         if len(features) != len(targets):
             raise ValueError(f"{len(features)} features and {len(targets)} rows of targets.")
         self.features, self.label_columns = features, list(label_columns)
-        self.targets = np.asarray(targets, np.float32)  # (N, L), NaN for unknown
+        self.exclusive = np.ndim(targets) == 1  # (N,) class numbers, or (N, L), NaN for unknown
+        self.targets = np.asarray(targets, np.int64 if self.exclusive else np.float32)
         super().__init__(features, torch.from_numpy(self.targets))
 
 
@@ -1300,13 +1423,20 @@ def _start_head(model, bias):
                 layer.bias.copy_(bias)
 
 
-def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray:
+def base_rate_logits(
+    targets: np.ndarray, exclusive: bool = False, num_classes: int = 0
+) -> np.ndarray:
     """Return the logit (`exclusive`: log, for a softmax) of each label's rate in known cells, (L,).
 
-    A head that starts there has no loss to lose by learning the rates.
+    A head that starts there has no loss to lose by learning the rates. Of class numbers (N,)
+    `num_classes` says how many there are.
     """
-    known = (~np.isnan(targets)).sum(0).clip(1)
-    rates = np.nansum(targets, 0) / known
+    if targets.ndim == 1:
+        exclusive, judged = True, targets[targets >= 0]
+        counts, known = np.bincount(judged, minlength=num_classes), max(len(judged), 1)
+    else:
+        counts, known = np.nansum(targets, 0), (~np.isnan(targets)).sum(0).clip(1)
+    rates = counts / known
     rates = rates.clip(0.5 / known, 1 - 0.5 / known)  # half a photo more than none, less than all
     return np.log(rates) if exclusive else np.log(rates / (1 - rates))
 
@@ -1430,6 +1560,7 @@ def extract_features(
     if cached:
         with replacing(cached, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, features.contiguous().numpy(), allow_pickle=False)
+        trim_cache(cache_dir, dataset.cache_gb)
     return features
 
 
@@ -1452,9 +1583,9 @@ def _features_key(model, dataset, pooled):
 PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 
 
-def _fit_logistic(x, y, strength, exclusive):
+def _fit_logistic(x, y, strength, exclusive, num_labels):
     """Return weights (C + 1, L), the optimum of sklearn's LogisticRegression(C=strength)."""
-    weights = torch.zeros(x.shape[1] + 1, y.shape[1], requires_grad=True)
+    weights = torch.zeros(x.shape[1] + 1, num_labels, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
@@ -1470,6 +1601,8 @@ def _fit_logistic(x, y, strength, exclusive):
 
 def _log_loss(logits, y, exclusive):
     """Return the sum of the log losses over the known cells, or over the judged images."""
+    if y.ndim == 1:
+        return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
     known, y = ~y.isnan(), y.nan_to_num(0.0)
     if exclusive:
         return (F.cross_entropy(logits, y, reduction="none") * known.all(1)).sum()
@@ -1482,14 +1615,19 @@ def fit_probe(
     groups: Groups = None,
     exclusive: bool = False,
     strengths: Sequence[float] = PROBE_STRENGTHS,
+    num_classes: int = 0,
 ) -> tuple[nn.Linear, pd.Series]:
     """Fit one logistic regression per label (`exclusive`: one softmax) on features (N, C).
+
+    Targets are (N, L), or (N,) class numbers, of which `num_classes` says how many there are.
 
     Returns the layer, features (B, C) → logits (B, L), and the log loss of each strength on groups
     left out in turn, by which one strength for all labels is chosen. A single one is not judged.
     """
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
-    y = torch.as_tensor(np.asarray(targets), dtype=torch.float32)
+    by_number = np.ndim(targets) == 1
+    y = torch.as_tensor(np.asarray(targets), dtype=torch.int64 if by_number else torch.float32)
+    about = exclusive, num_classes if by_number else y.shape[1]
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     x, losses, folds = (features - mean) / std, [], []  # no folds: the strongest penalty
     if len(strengths) > 1 and (n_folds := min(5, len(set(groups)))) > 1:
@@ -1498,15 +1636,15 @@ def fit_probe(
     for strength in strengths:
         total = 0.0
         for train, held_out in folds:
-            weights = _fit_logistic(x[train], y[train], strength, exclusive)
+            weights = _fit_logistic(x[train], y[train], strength, *about)
             logits = x[held_out] @ weights[:-1] + weights[-1]
             total += _log_loss(logits, y[held_out], exclusive).item()
-        losses.append(total / max(int((~y.isnan()).sum()), 1))
+        losses.append(total / max(int((y >= 0).sum()), 1))
         if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
             break  # it only overfits more from here
     table = pd.Series(losses, strengths[: len(losses)], name="log loss")
-    weights = _fit_logistic(x, y, table.idxmin(), exclusive)
-    layer = nn.Linear(features.shape[1], y.shape[1])
+    weights = _fit_logistic(x, y, table.idxmin(), *about)
+    layer = nn.Linear(features.shape[1], weights.shape[1])
     with torch.no_grad():
         layer.weight.copy_((weights[:-1] / std[:, None]).T)
         layer.bias.copy_(weights[-1] - layer.weight @ mean)
@@ -1547,24 +1685,57 @@ def _fastest_device() -> str:
 
 
 def fast_precision(model: nn.Module, device: str | None = None) -> str:
-    """Return accelerate's name of the precision in which a device trains `model` fastest."""
+    """Return accelerate's name of the precision in which a device trains `model` fastest.
+
+    A rule of thumb, alike on all machines of a kind; `time_steps` measures.
+    """
     device = device or _fastest_device()
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
+    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
+    return "no" if slower and device == "cpu" else _half_precision(device)
+
+
+def _half_precision(device: str) -> str:
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cpu = torch.cpu.get_capabilities()
     units = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
-    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
-    return "bf16" if units and device == "cpu" and not slower else "no"
+    return "bf16" if units and device == "cpu" else "no"
+
+
+def time_steps(
+    model: nn.Module, images: torch.Tensor, layouts: Sequence[bool] = (False, True)
+) -> dict[tuple[str, bool], float]:
+    """Return the seconds of a training step by (precision, channels_last), the fastest first.
+
+    All of it takes a second or two, and spoils gradients and running statistics.
+    """
+    seconds = {}
+    for precision in dict.fromkeys(("no", _half_precision(images.device.type))):
+        for is_last in layouts:
+            layout, taken = torch.channels_last if is_last else torch.contiguous_format, []
+            network, batch = model.to(memory_format=layout), images.contiguous(memory_format=layout)
+            dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+            while len(taken) < 2 or (len(taken) < 5 and sum(taken) < 1):
+                start = time.perf_counter()
+                with torch.autocast(images.device.type, dtype, enabled=precision != "no"):
+                    loss = network.train()(batch).float().square().mean()
+                loss.backward()
+                grads = [p.grad for p in network.parameters() if p.grad is not None]
+                grads[0].sum().item()  # waits for a GPU, whose first layer is the last to be done
+                taken.append(time.perf_counter() - start)
+            seconds[precision, is_last] = min(taken)
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
 class MaskedLoss(nn.Module):
     """A loss of timm by name, or "ce" (one class an image): the mean over known (not NaN) cells.
 
-    For "ce" and "zlpr" it is over images with known cells. "zlpr" and "twoway" compare labels: an
-    unknown cell is a negative with logit -1e4, whose share is zero. To "db" it is present by the
-    label's rate in `targets` (N, L), those of the training part. `kwargs`: e.g. asl_gamma_neg.
+    "ce" takes class numbers (B,), -1 for unknown, or shares (B, C). For "ce" and "zlpr" it is over
+    images with known cells. "zlpr" and "twoway" compare labels: an unknown cell is a negative with
+    logit -1e4, whose share is zero. To "db" it is present by the label's rate in `targets`, those
+    of the training part, (N,) or (N, L), of which "auto" depends. `kwargs`: e.g. asl_gamma_neg.
     """
 
     def __init__(
@@ -1577,6 +1748,7 @@ class MaskedLoss(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        name = _fitting_loss(name, targets.ndim == 1)
         if name == "ce" and (class_weights is not None or kwargs):
             raise ValueError(f"loss='ce' takes no {_some(kwargs or ['class_weights'])}.")
         if name != "ce" and label_smoothing:
@@ -1585,14 +1757,15 @@ class MaskedLoss(nn.Module):
             raise ValueError("bce_sum sums unknown cells too; leave it out.")
         self.name, n = name, len(targets)
         # One sample count for all labels, as timm expects: each label's rate scaled to N images.
-        counts = np.nansum(targets, axis=0) / np.maximum((~np.isnan(targets)).sum(0), 1) * n
+        known = np.maximum((~np.isnan(targets)).sum(0), 1)
+        counts = np.nansum(targets, axis=0) / known * n * (name != "ce")
         if class_weights is not None:
             _check_choice("class_weights", class_weights, CLASS_WEIGHT_METHODS)
             kind, weights = compute_class_weights(counts, n, class_weights)
             kwargs[kind] = weights
         if name == "db":
             kwargs |= {"class_counts": counts, "num_samples": n}
-        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing, ignore_index=-1)
         if name != "ce":
             kwargs |= {"multi_label": True, "soft_targets": soft}
             self.loss = create_classification_loss(name, **kwargs)
@@ -1602,6 +1775,9 @@ class MaskedLoss(nn.Module):
         self.register_buffer("prior", prior, persistent=False)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if targets.ndim == 1:
+            n_judged = (targets >= 0).sum().clamp(min=1)
+            return self.loss(logits.float(), targets).sum() / n_judged
         known, logits = ~targets.isnan(), logits.float()
         targets = torch.where(known, targets, self.prior.to(targets.dtype))
         if self.name in ("zlpr", "twoway"):
@@ -1612,8 +1788,18 @@ class MaskedLoss(nn.Module):
         return (self.loss(logits, targets) * counted).sum() / counted.sum().clamp(min=1)
 
 
+def _fitting_loss(loss: str, exclusive: bool) -> str:
+    """Return "ce" for classes and "bce" for labels in place of "auto"; refuse the wrong one."""
+    if exclusive and loss not in ("auto", "ce"):
+        problem = "is for labels that may come together, and this partition has one class a photo"
+        raise ValueError(f"loss={loss!r}: {problem}; leave it out, or set 'ce'.")
+    return loss if loss != "auto" else "ce" if exclusive else "bce"
+
+
 def _check_exclusive(part: DataPartition, name: str) -> None:
     """Refuse targets that are no shares of one class an image; unjudged images may be there."""
+    if part.exclusive:
+        return
     shares = part.targets.sum(1)  # NaN where a cell is unknown
     wrong = ~np.isnan(part.targets).all(1) & ~(np.abs(shares - 1) <= 1e-3)
     if wrong.any():
@@ -1666,6 +1852,7 @@ PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size"
 PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
 PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
 PRETRAINED_RECIPE |= {"batch_norm": "frozen", "start": "probe", "flip_test": True}
+PRETRAINED_RECIPE |= {"precision": "measure"}
 PRETRAINED_RECIPE |= {"patience": 40}  # to the end: the best epochs are the last, at a low rate
 SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16}
 SCRATCH_RECIPE |= {"learning_rate": 1e-3, "weight_decay": 0.2, "warmup_epochs": 3}
@@ -1717,7 +1904,9 @@ class TrainConfig:
     ema_decay: float | None = _option(None, "of a moving average of the weights, e.g. 0.98", _SHARE)
     mixup_alpha: float = _option(0.0, "blends pairs of photos (MixUp); try 0.2", _FROM_0)
     cutmix_alpha: float = _option(0.0, "pastes a box of another photo (CutMix)", _FROM_0)
-    loss: str = _option("bce", "bce, asl, zlpr, twoway, db; ce: one class each", _NAME)
+    loss: str = _option(
+        "auto", "auto: ce for classes, bce for labels; asl, zlpr, twoway, db", _NAME
+    )
     loss_kwargs: dict = _option(dict, "options of timm's loss, e.g. asl_gamma_neg", _NO_SMOOTHING)
     label_smoothing: float = _option(0.0, "share spread over all classes (ce)", _BELOW_1)
     class_weights: str | None = _option(None, "for bce, asl: neg_pos, inv_freq, effective_num")
@@ -1741,11 +1930,12 @@ class TrainConfig:
     pretrained: bool | str = _option(False, "True (hub), or the path of a state dict")
     img_width: int = _option(0, "pixels; the height is the same, or half (panorama)", _FROM_0)
     cache_dir: str | None = _option(None, "folder that keeps shrunk photos, and features")
+    cache_gb: float = _option(50.0, "most that cache_dir holds; the oldest go", _ABOVE_0)
     patience: int = _option(10, "ends after so many epochs without a better one", _FROM_1)
     seed: int = _option(42, "where all random numbers start")
     num_workers: int = _option(0, "processes that read photos; 0: none beside this", _FROM_0)
-    precision: str = _option("auto", "auto: the fastest", ("auto", "no", "bf16", "fp16"))
-    channels_last: bool | None = _option(None, "None: where the network gains by it")
+    precision: str = _option("auto", "auto: by a rule; measure: the fastest here", PRECISIONS)
+    channels_last: bool | None = _option(None, "None: where the network gains, or measured, too")
     compile: bool = _option(False, "torch.compile: pays in long trainings")
 
     def __post_init__(self) -> None:
@@ -1791,6 +1981,7 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
+_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "labels"}
 TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 
@@ -1806,12 +1997,13 @@ def build_run(
     if config.labels and config.labels != labels:
         raise ValueError(f"{config.partition_dir}: other labels than the run's; restore them.")
     head_kwargs = head_kwargs if head else config.head_kwargs
-    rates = base_rate_logits(parts["train"][labels].to_numpy(float), config.loss == "ce")
+    targets = read_targets(parts["train"], labels)
+    rates = base_rate_logits(targets, config.loss == "ce", len(labels))
     set_seed(config.seed)
     about = len(labels), head or config.head, config.pretrained, config.img_size, rates
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     model = build_model(config.model_name, *about, **options)
-    about = labels, make_transforms(model, False, config.view), config.cache_dir
+    about = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
     tables = parts | {"plain": parts["train"]}
     sets = {name: DataPartition(table, *about) for name, table in tables.items()}
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
@@ -1831,10 +2023,11 @@ def start_from_probe(
     train, val = copy.copy(parts["plain"]), parts["val"]
     if not is_linear:
         rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:most])
-        train.paths, train.targets = [train.paths[i] for i in rows], train.targets[rows]
+        train.paths, train.targets = np.array(train.paths, object)[rows], train.targets[rows]
     x, x_val = (extract_features(model, part, *options) for part in (train, val))
     if is_linear:
-        probe, _ = fit_probe(x, train.targets, train.groups, exclusive=config.loss == "ce")
+        options = {"exclusive": config.loss == "ce", "num_classes": len(train.label_columns)}
+        probe, _ = fit_probe(x, train.targets, train.groups, **options)
         use_probe(model, probe)
         return mean_average_precision(val.targets, probe(x_val).detach().numpy())
     sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
@@ -1898,12 +2091,17 @@ class Trainer:
         config: TrainConfig,
         run_dir: str | os.PathLike,
     ) -> None:
-        if train_set.label_columns != val_set.label_columns:
+        kinds = {(*part.label_columns, part.exclusive) for part in (train_set, val_set)}
+        if len(kinds) > 1:
             raise ValueError("training and validation partitions have different labels or order.")
         self.run_dir, self.best_path, self.val_set = Path(run_dir), Path(run_dir) / WEIGHTS, val_set
         spec = getattr(model, "spec", {}).items()
         own = {key: value for key, value in spec if key in ("head", "head_kwargs")}
-        self.config = config = replace(config, labels=list(train_set.label_columns), **own)
+        own["loss"] = _fitting_loss(config.loss, train_set.exclusive)
+        config = replace(config, labels=list(train_set.label_columns), **own)
+        if config.precision == "measure":
+            config = self._measured(config, model, train_set)
+        self.config = config
         precision = fast_precision(model) if config.precision == "auto" else config.precision
         AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
         GradientState._reset_state()  # train more than once
@@ -1918,18 +2116,38 @@ class Trainer:
         found = {"processes": self.accelerator.num_processes, "precision": precision}
         self.circumstances = found | {"images": len(train_set), "labels": config.labels}
 
+    def _measured(self, config: TrainConfig, model: nn.Module, photos: Dataset) -> TrainConfig:
+        """Put the fastest precision and layout into `config`; a resumed run keeps what it had."""
+        names, last = ("precision", "channels_last"), self.run_dir / "last" / "trainer.json"
+        saved = _read_state(self.run_dir / "config.json") if last.is_file() else {}
+        if all(saved.get(k) == v for k, v in asdict(config).items() if k not in {*names, *_FREE}):
+            return replace(config, **{name: saved[name] for name in names})
+        state, trial = PartialState(), copy.deepcopy(model)
+        if config.grad_checkpointing:
+            getattr(trial, "backbone", trial).set_grad_checkpointing()
+        n, wanted = min(8, max(2, config.batch_size)), config.channels_last
+        layouts = (False, True) if gains_by_channels_last(model) else (False,)
+        images = torch.stack([photos[i % len(photos)][0] for i in range(n)]).to(state.device)
+        layouts = layouts if wanted is None else (wanted,)
+        rates = {c: n / s for c, s in time_steps(trial.to(state.device), images, layouts).items()}
+        shown = ", ".join(f"{p}{' channels_last' * c} {r:.1f}" for (p, c), r in rates.items())
+        state.print(f"photos/s measured, the first is taken: {shown}")
+        best = broadcast_object_list([next(iter(rates))])[0]  # all processes as the first one
+        return replace(config, **dict(zip(names, best)))
+
     def prepare_loss(self, train_set: DataPartition) -> None:
         """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
-        config, targets = self.config, train_set.targets
+        config, targets, exclusive = self.config, train_set.targets, train_set.exclusive
         if not (targets >= 0).any():
             raise ValueError("the training part has no judged label: nothing to learn from.")
-        if not (self.val_set.targets >= 0.5).any():
+        if not (self.val_set.targets >= (0 if exclusive else 0.5)).any():
             raise ValueError("no label is present in the validation part: nothing to select by.")
         if config.loss == "ce":
             _check_exclusive(train_set, "training")
             _check_exclusive(self.val_set, "validation")
         alphas = config.mixup_alpha, config.cutmix_alpha
-        self.mixup = TriStateMixup(targets.shape[1], *alphas) if max(alphas) > 0 else None
+        self.num_labels = len(train_set.label_columns)
+        self.mixup = TriStateMixup(self.num_labels, *alphas) if max(alphas) > 0 else None
         soft = self.mixup is not None or bool(((targets > 0) & (targets < 1)).any())
         options = config.loss_kwargs | {"label_smoothing": config.label_smoothing}
         loss = MaskedLoss(config.loss, targets, config.class_weights, soft, **options)
@@ -2003,8 +2221,7 @@ class Trainer:
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
-        free = {"patience", "num_workers", "compile", "cache_dir", "flip_test", "labels"}
-        changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in free]
+        changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in _FREE]
         if changed:
             raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
         for what, now in self.circumstances.items():
@@ -2112,8 +2329,11 @@ class Trainer:
         scores = {"val_loss": self.criterion(logits, targets).item()}
         scores |= {"val_mAP": mean_average_precision(self.val_set.targets, probs)}
         if self.config.loss == "ce":
-            judged = ~targets.isnan().any(1)
-            shares = accuracy(logits[judged], targets[judged].argmax(1), topk=(1, 5))
+            numbers = targets
+            if targets.ndim == 2:
+                numbers = targets.argmax(1).where(~targets.isnan().any(1), -1)
+            judged = numbers >= 0
+            shares = accuracy(logits[judged], numbers[judged], topk=(1, 5))
             scores |= {f"val_top{k}": share.item() / 100 for k, share in zip((1, 5), shares)}
         return scores
 
@@ -2121,6 +2341,7 @@ class Trainer:
         """Return the loss of a batch, a number; called where gradients are recorded."""
         pairs = len(images) // 2 * 2  # timm mixes pairs; the last of an odd batch stays
         if self.mixup is not None and pairs:
+            targets = _as_shares(targets, self.num_labels) if targets.ndim == 1 else targets
             images[:pairs], targets[:pairs] = self.mixup(images[:pairs], targets[:pairs])
         with self.accelerator.autocast():
             logits = self.model(images.contiguous(memory_format=self.layout))
@@ -2193,19 +2414,33 @@ class Trainer:
 
 
 def _average_precision(targets: Array, probs: Array, weights: Array) -> Array:
-    """Return sklearn's average_precision_score for each row of weights and label, (R, L)."""
+    """Return sklearn's average_precision_score for each row of weights and label, (R, L).
+
+    Weights are counts: their sums are exact in float32. A sparse product adds them up between the
+    cuts at which recall grows, without a sorted copy of (N, R).
+    """
+    counts = np.ascontiguousarray(weights.T, np.float32)  # (N, R)
     result = np.full((len(weights), targets.shape[1]), np.nan)
     for label in np.flatnonzero((targets >= 0.5).any(0)):
-        known = ~np.isnan(targets[:, label])
-        order = np.argsort(-probs[known, label], kind="stable")
-        p, y = probs[known, label][order], targets[known, label][order] >= 0.5
-        w = weights[:, known][:, order]
-        cut = np.append(p[1:] != p[:-1], True)  # equal probabilities are one cut
-        tp, predicted = (np.cumsum(counted, axis=1)[:, cut] for counted in (w * y, w))
-        gained = np.diff(tp, axis=1, prepend=0)
+        known = np.flatnonzero(~np.isnan(targets[:, label]))
+        order = known[np.argsort(-probs[known, label], kind="stable")]
+        p, y = probs[order, label], targets[order, label] >= 0.5
+        cuts = np.flatnonzero(np.append(p[1:] != p[:-1], True))  # equal probabilities are one cut
+        hits = np.cumsum(y)[cuts]
+        grown = np.diff(hits, prepend=0) > 0
+        gained = _sum_between(order[y], hits[grown], counts)  # (cuts, R)
+        predicted = _sum_between(order, cuts[grown] + 1, counts).cumsum(0, float)
+        tp = gained.cumsum(0, float)
         with np.errstate(invalid="ignore"):
-            result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(1) / tp[:, -1]
+            result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(0) / tp[-1]
     return result
+
+
+def _sum_between(order: Array, ends: Array, counts: Array) -> Array:
+    """Return the sums of `counts` (N, R) over rows `order[a:b]` between neighbouring ends."""
+    rows = order[: ends[-1]], np.append(0, ends)
+    pieces = csr_array((np.ones(ends[-1], np.float32), *rows), shape=(len(ends), len(counts)))
+    return pieces @ counts
 
 
 def mean_average_precision(targets: Array, probs: Array) -> float:
@@ -2222,16 +2457,27 @@ def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
     """Return both as (N, L) of float; the one place where NaN probabilities are refused."""
     if np.isnan(probs := np.asarray(probs, float)).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
+    if (targets := np.asarray(targets)).ndim == 1:  # numbers of classes, -1 for unknown
+        shares = (targets[:, None] == np.arange(probs.shape[1])).astype(np.float32)
+        shares[targets < 0] = np.nan
+        return shares, probs
     return np.asarray(targets, float), probs
+
+
+def rank_classes(targets: Array, probs: Array) -> Array:
+    """Return how many classes came before the true one (N,): top-k is rank < k; -1 is unknown."""
+    own = np.take_along_axis(probs, np.maximum(targets, 0)[:, None], axis=1)
+    earlier = np.arange(probs.shape[1]) < targets[:, None]  # of equal ones the first is taken
+    return np.where(targets >= 0, ((probs > own) | ((probs == own) & earlier)).sum(1), -1)
 
 
 def _replicates(
     targets: Any, probs: Any, thresholds: Cuts, groups: Groups, n_bootstrap: int, seed: int
 ) -> dict[str, Array]:
     """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
-    targets, probs = _as_scored(targets, probs)
+    numbers, (targets, probs) = np.asarray(targets), _as_scored(targets, probs)
     known, true = ~np.isnan(targets), targets >= 0.5
-    is_top1 = isinstance(thresholds, str) and thresholds == "argmax"
+    is_top1 = numbers.ndim == 1 or (isinstance(thresholds, str) and thresholds == "argmax")
     predicted = _most_probable(probs) if is_top1 else probs >= np.asarray(thresholds, float)
     index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
     n_groups = index.max() + 1
@@ -2241,7 +2487,9 @@ def _replicates(
     chunks = np.array_split(weights, max(1, weights.size // 20_000_000))
     scores = {"AP": np.vstack([_average_precision(targets, probs, chunk) for chunk in chunks])}
     cells = (true & predicted, ~true & predicted, true & ~predicted)
-    tp, fp, fn = (weights @ (known & c).astype(float) for c in cells)  # (1 + n_bootstrap, L)
+    counts = weights.astype(np.float32)  # their sums are exact, in half the time and memory
+    products = [counts @ (known & c).astype(np.float32) for c in cells]
+    tp, fp, fn = np.array(products, float)  # each (1 + n_bootstrap, L)
     wrong, judged = known & (true != predicted), known.any(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         scores |= {"precision": tp / (tp + fp), "recall": tp / (tp + fn)}
@@ -2249,6 +2497,10 @@ def _replicates(
         scores["micro F1"] = 2 * tp.sum(1) / (2 * tp + fp + fn).sum(1)
         scores["Hamming loss"] = weights @ wrong.sum(1) / (weights @ known.sum(1))
         scores["exact match"] = weights @ (judged & ~wrong.any(1)) / (weights @ judged)
+        if numbers.ndim == 1:
+            rank = rank_classes(numbers, probs)
+            for k in (1, 5):
+                scores[f"top-{k}"] = weights @ (judged & (rank < k)) / (weights @ judged)
     for mean, name in (("mAP", "AP"), ("macro F1", "F1")):  # of labels that a sample shows
         scores[mean] = np.ma.masked_invalid(scores[name]).mean(1).filled(np.nan)
     return scores
@@ -2274,11 +2526,13 @@ def score_labels(
 
     Args:
         targets, probs: (N, L); NaN targets are unknown, soft ones count as present from 0.5.
+            Or targets (N,) of class numbers, -1 for unknown: the most probable class decides.
         thresholds: one for all or one per label; "argmax" for classes that exclude each other.
         groups: (N,), what the bootstrap behind the 95 % intervals draws whole; None draws rows.
     """
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
-    table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
+    table, (targets, _) = pd.DataFrame(index=label_columns), _as_scored(targets, probs)
+    table.index.name = "label"
     table["support"], table["absent"] = (targets >= 0.5).sum(0), (targets < 0.5).sum(0)
     table["unknown"] = np.isnan(targets).sum(0)
     for name in ("AP", "precision", "recall", "F1"):
@@ -2299,9 +2553,10 @@ def summarize_scores(
     """Score all labels together, see `score_labels`; with "argmax", exact match is top-1."""
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     names = ["mAP", "macro F1", "micro F1", "Hamming loss", "exact match"]
+    names = ["top-1", "top-5", "mAP", "macro F1"] if "top-1" in scores else names
     rows = [(scores[name][0], *_interval(scores[name])) for name in names]
     table = pd.DataFrame(rows, pd.Index(names, name="score"), ["value", "low", "high"])
-    return table.assign(labels=f"{np.isfinite(scores['AP'][0]).sum()} of {targets.shape[1]}")
+    return table.assign(labels=f"{np.isfinite(scores['AP'][0]).sum()} of {scores['AP'].shape[1]}")
 
 
 def compare_scores(
@@ -2321,7 +2576,7 @@ def compare_scores(
         raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
 
     def replicates(runs: Array) -> Array:
-        shape, found = np.shape(targets), np.shape(runs)
+        shape, found = (len(targets), len(label_columns)), np.shape(runs)
         if found[-2:] != shape:
             expected = f"expected {shape}, as the targets, or several of these"
             raise ValueError(f"probabilities of shape {found}: {expected}.")
@@ -2511,6 +2766,8 @@ class Classifier:
     ) -> "Classifier":
         """Take the thresholds with the best F1 of `probs` (N, L) on validation."""
         labels, options = part.label_columns, {"view": view, **options}
+        if part.exclusive:
+            options.setdefault("activation", "softmax")
         if options.get("activation", "sigmoid") != "sigmoid":
             return cls(model, labels, **options)
         find = functools.partial(find_optimal_thresholds, label_columns=labels, mode="shrunk")
@@ -2997,8 +3254,10 @@ def finish_run(trainer: Trainer) -> Classifier:
     config, part = trainer.config, trainer.val_set
     probs = trainer.predict(part, flip=config.flip_test)
     options = {"view": config.view, "flip": config.flip_test}
+    options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
-    scores = summarize_scores(part.targets, probs, classifier.thresholds, n_bootstrap=0)
+    cuts = "argmax" if classifier.exclusive else classifier.thresholds
+    scores = summarize_scores(part.targets, probs, cuts, n_bootstrap=0)
     path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
     return Classifier.load(path, part.label_columns)
 
@@ -3036,3 +3295,110 @@ def plot_label_maps(
             titles.append(f"{name}\n{label} ({answers[f'{label}_prob'][i]:.2f})")
     bar = "strongest cell of each map = 1"
     return show_images(pictures, titles, columns=len(examples), width=1.9, bar=bar)
+
+
+# ---------------------------------------------------------------- report
+
+_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width"><style>
+body {font: 15px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em}
+div {overflow-x: auto} table {border-collapse: collapse; font-size: 13px} img {max-width: 100%}
+th, td {border-bottom: 1px solid #ddd; padding: 2px 9px} tbody th {text-align: left}
+</style></head><body><h1>{{ title }}</h1>{% for heading, items in sections.items() %}
+<h2>{{ heading }}</h2>{% for item in items %}{% if item is string %}<p>{{ item }}</p>
+{% else %}<div>{{ draw(item)|safe }}</div>{% endif %}{% endfor %}{% endfor %}</body></html>"""
+
+
+def _to_html(item: pd.DataFrame | plt.Figure) -> str:
+    """Return a table (its texts escaped) or a figure, which is closed, as HTML on its own."""
+    if isinstance(item, pd.DataFrame):
+        return item.to_html(na_rep="–", border=0, float_format="{:.3f}".format)
+    item.savefig(file := io.BytesIO(), format="jpeg", dpi=110)
+    plt.close(item)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def _report_data(parts: dict[str, pd.DataFrame], labels: list[str]) -> list:
+    rows = pd.concat(parts, names=["part"]).reset_index("part")
+    rows["panorama"] = rows["image_path"].map(panorama_name)
+    counts = rows.groupby("part", sort=False)[["image_path", "group_id", "panorama"]].nunique()
+    counts.columns = ["photos", "groups", "panoramas"]
+    cells = [("present", lambda y: y >= 0.5), ("absent", lambda y: y < 0.5), ("unknown", pd.isna)]
+    found = {(part, k): f(parts[part][labels]).sum() for part in parts for k, f in cells}
+    sizes = rows["image_path"].map(os.path.getsize)
+    alike = rows[sizes.duplicated(keep=False)]  # only files of one size can be equal
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in alike["image_path"]]
+    twice = [alike.groupby(digests), rows.groupby("panorama")]
+    twice = "{} equal files, {} panoramas".format(*(g["part"].nunique().gt(1).sum() for g in twice))
+    source = f"Photos below {os.path.commonpath([*rows['image_path']])}. In two parts: 0 groups,"
+    said = f"{source} {twice}; near-duplicates are counted in partitioning.ipynb."
+    return [said, counts, pd.DataFrame(found)]
+
+
+def _report_training(config: TrainConfig, history: pd.DataFrame, about: dict[str, Any]) -> list:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    time = f"{history['epoch'].max():.0f} epochs in {history['seconds'].sum() / 60:.1f} minutes"
+    said = f"{time}, seed {config.seed}. Python {sys.version.split()[0]}, {versions}."
+    settings = {o.name: [str(getattr(config, o.name)), o.metadata["help"]] for o in fields(config)}
+    table = pd.DataFrame.from_dict(settings, "index", columns=["value", "what it does"])
+    return [said, plot_history(history), table]
+
+
+def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> list:
+    answers = part.targets, probs
+    table = score_labels(*answers, part.label_columns, cut, part.groups, seed=seed)
+    few = ", ".join(table.index[table["note"] != ""]) or "no label"
+    groups = pd.Series(part.groups, dtype=str)
+    sites = {}
+    for site, rows in groups.groupby(groups.str.split("/").str[0], sort=False).indices.items():
+        scores = summarize_scores(*(x[rows] for x in answers), cut, n_bootstrap=0)["value"]
+        sites[site] = pd.Series({"photos": len(rows)} | scores.to_dict())
+    said = f"Intervals of 95 % by a bootstrap of whole groups. Too few to judge: {few}."
+    overall = summarize_scores(*answers, cut, part.groups, seed=seed)
+    by_site = pd.DataFrame(sites).T.astype({"photos": int})
+    return [said, overall, table.drop(columns="note"), "Site by site:", by_site]
+
+
+def _report_mistakes(
+    used: Classifier, part: DataPartition, probs: Array, reported: Array, most: int
+) -> list:
+    true = part.targets >= 0.5
+    error = np.where(~np.isnan(part.targets) & (true != reported), np.abs(probs - true), 0)
+    worst = np.argsort(-error, axis=None, kind="stable")[: min(most, np.count_nonzero(error))]
+    pictures, titles = [], []
+    for i, j in zip(*np.unravel_index(worst, error.shape)):
+        path, label = part.paths[i], part.label_columns[j]
+        pictures += [path, overlay_heat_map(path, used.explain(path, label))]
+        word = "missed" if true[i, j] else "wrongly reported"
+        titles += [f"{label}: {word}\nprobability {probs[i, j]:.2f}", Path(path).stem]
+    drawn = [show_images(pictures, titles, columns=4, width=2.4)] if pictures else []
+    return ["Each photo, and beside it where the model looks for that label.", *drawn]
+
+
+def write_report(run_dir: str | os.PathLike, most: int = 8) -> Path:
+    """Write RUN_DIR/report.html, one page that needs no other file: data, training, test, mistakes.
+
+    All is read from the run's files and its partitions; the `most` surest mistakes are shown.
+    """
+    import jinja2
+
+    run, path = Path(run_dir), Path(run_dir) / "report.html"
+    config = TrainConfig.read(run / "config.json")
+    parts, labels = load_parts(config.partition_dir)
+    used, part = Classifier.load(run / "best_classifier.json", labels), parts["test"]
+    history = pd.read_csv(_need_file(run / "history.csv", "run training.ipynb to make it"))
+    part = DataPartition(part, labels)
+    table = used.predict(part.paths, config.batch_size, config.num_workers)
+    probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
+    sections = {
+        "Data": _report_data(parts, labels),
+        "Training": _report_training(config, history, used.description),
+        "Scores on the test part": _report_scores(part, probs, used.thresholds, config.seed),
+        "The surest mistakes": _report_mistakes(used, part, probs, reported.to_numpy(), most),
+    }
+    title = f"{run.name}: {config.model_name}, {used.model.spec['head']} head"
+    page = jinja2.Template(_PAGE, autoescape=True)
+    text = page.render(title=title, sections=sections, draw=_to_html)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path
