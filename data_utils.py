@@ -14,8 +14,11 @@ import contextlib
 import copy
 import csv
 import difflib
+import errno
 import functools
+import glob
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -30,7 +33,9 @@ import textwrap
 import time
 import unicodedata
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -46,7 +51,13 @@ import torchvision
 from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    broadcast,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from scipy.sparse import csr_array
@@ -63,10 +74,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+pd.options.mode.string_storage = "python"  # pyarrow's refuses file names that are no UTF-8
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 CLASS = "class"  # the one column of classes that exclude each other; "classes.txt" has their order
@@ -92,16 +104,68 @@ _HALF = re.compile(r"_(left|right)$")
 
 
 @contextlib.contextmanager
-def replacing(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place only if all went well."""
+def replacing(path: PathLike, by_all: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place only if all went well.
+
+    Of the processes of `accelerate launch` only the first does it, unless each has files of its
+    own. A full disk, a vanished or read-only folder raise an OSError that names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        try:
+            yield temporary
+            if by_all or _is_main():
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # as set by accelerate launch and torchrun
+
+
+def _this_process() -> PartialState:
+    """Return its number among those of `accelerate launch`, and set its GPU."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+@functools.cache
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes left half written, an hour ago or more, once a process."""
+    for file in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTDIR)
+_CUT_OFF = "requested and|file write failed|[Nn]o space|I/O error|Parent directory"  # have no errno
+
+
+class _CannotWrite(OSError):
+    def __init__(self, path: Path, reason: str, how: str) -> None:
+        fix = f"free some space or take another folder; {how}"
+        super().__init__(f"{path}: cannot be written ({reason}); {fix}.")
+        self.strerror = reason
+
+
+@contextlib.contextmanager
+def _writing(path: Path, how: str = "what stood there is unchanged, run this again") -> Iterator:
+    """Turn what a disk refuses into one sentence; `how` says how to go on with room for it."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        name = Path(str(getattr(error, "filename", None) or os.devnull))
+        ours = path.is_relative_to(name) or name.is_relative_to(path)  # its folder, or in it
+        ours |= name.name.startswith(f".{path.name}.") or getattr(error, "errno", None) in _NO_ROOM
+        ours |= isinstance(error, _CannotWrite)
+        if not ours and not re.search(_CUT_OFF, str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise _CannotWrite(path, reason, how) from None
 
 
 def _write_json(path: PathLike, content: Any) -> None:
@@ -167,22 +231,31 @@ def list_images(folder: PathLike) -> list[Path]:
 
     Links to other folders are followed, each folder once.
     """
+    return list(iterate_images(folder))
+
+
+def iterate_images(folder: PathLike) -> Iterator[Path]:
+    """Yield what `list_images` returns, keeping the names of one folder at a time."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     unwanted = {"@eadir", "$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot"}
     unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
-    root, seen, found = folder.resolve(), set(), []
-    for here, folders, files in os.walk(folder, followlinks=True):
-        here, real = Path(here), Path(here).resolve()
-        known = here.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))
-        if real in seen or (known and here != folder):
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(n for n in folders if n[0] != "." and n.lower() not in unwanted)
-        found += [here / name for name in files if name[0] != "."]
-    return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    root, seen = folder.resolve(), {folder.resolve()}
+
+    def walk(here: Path) -> Iterator[Path]:
+        for entry in sorted(os.scandir(here), key=lambda entry: os.path.normcase(entry.name)):
+            path, name = here / entry.name, entry.name.lower()
+            if entry.is_dir() and name[0] != "." and name not in unwanted:
+                real = path.resolve()  # a link within `folder`, or around it, shows nothing new
+                known = real.is_relative_to(root) or root.is_relative_to(real)
+                if real not in seen and not (known and entry.is_symlink()):
+                    seen.add(real)
+                    yield from walk(path)
+            elif name[0] != "." and path.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+                yield path
+
+    yield from walk(folder)
 
 
 # ---------------------------------------------------------------- labels
@@ -550,10 +623,16 @@ def read_partition(path: PathLike) -> tuple[pd.DataFrame, list[str]]:
         df = df.assign(**{CLASS: df[CLASS].mask(df[CLASS] == "")}).reset_index(drop=True)
     else:
         df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
-    raw = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
-    names = [raw.sub(lambda b: chr(0xDC00 + int(b[1], 16)), name) for name in df["image_path"]]
-    paths = [os.path.normpath(os.path.join(path.parent, name)) for name in names]
-    return df.assign(image_path=[p.replace(os.sep, "/") for p in paths]), labels
+    return df.assign(image_path=[_seen_from_here(path, name) for name in df["image_path"]]), labels
+
+
+_RAW = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
+
+
+def _seen_from_here(table: Path, name: str) -> str:
+    """Return where a file is that a table names, seen from the table's folder."""
+    name = _RAW.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
+    return os.path.normpath(os.path.join(table.parent, name)).replace(os.sep, "/")
 
 
 def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
@@ -815,6 +894,13 @@ class DataPartition(Dataset):
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.targets[index])
 
+    def rows(self, rows: slice) -> "DataPartition":
+        """Return a part of it, small to send to another machine."""
+        part = copy.copy(self)
+        for name in ("_paths", "_groups", "targets"):
+            setattr(part, name, getattr(self, name)[rows])
+        return part
+
     def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
         stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else None
         key = hashlib.sha1(os.fsencode(f"{os.path.abspath(path)}|{stamp}|{size}")).hexdigest()
@@ -824,7 +910,7 @@ class DataPartition(Dataset):
         image = open_image(path, size)
         if image.height > size[0] and image.width > size[1]:
             image = ImageOps.cover(image, size[::-1])
-        with replacing(copy) as temporary, open(temporary, "wb") as file:
+        with replacing(copy, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
         self._room -= 3e-9 * image.height * image.width
         if self._room < 0:
@@ -910,6 +996,25 @@ def make_loader(
         n = len(dataset) - (1 < batch_size < len(dataset) and len(dataset) % batch_size == 1)
         options["sampler"] = RandomSampler(dataset, num_samples=n, generator=generator)
     return DataLoader(dataset, batch_size, pin_memory=torch.cuda.is_available(), **options)
+
+
+def read_ahead(dataset: Dataset, batch_size: int) -> Iterator[Any]:
+    """Yield batches in order; threads on all cores read the next two while one is being used.
+
+    Decoding lets other threads run, so that nothing is copied between processes as in `DataLoader`.
+    """
+    own = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of a process
+    waiting, pool = deque(), ThreadPoolExecutor(max(own, 1))
+    try:
+        for index in range(len(dataset)):
+            waiting.append(pool.submit(dataset.__getitem__, index))
+            if len(waiting) == 3 * batch_size:
+                yield default_collate([waiting.popleft().result() for _ in range(batch_size)])
+        while waiting:
+            rest = range(min(batch_size, len(waiting)))
+            yield default_collate([waiting.popleft().result() for _ in rest])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _seed_by_rank(worker: int) -> None:
@@ -1389,12 +1494,19 @@ def extract_features(
     part: DataPartition,
     config: "TrainConfig | None" = None,  # its batch_size, num_workers and cache_dir
     pooled: bool = False,
+    n_jobs: int = 1,
+    chunk: int = 1000,
 ) -> torch.Tensor:
     """Return the feature map of every image, (N, C, h, w); a head learns from it in seconds.
 
     `pooled` is what the last layer of a linear head sees, (N, C). The cache keeps them for the same
-    photos (name, size, time), weights and preparation.
+    photos (name, size, time), weights and preparation. With `n_jobs` other than 1, joblib's
+    backend, e.g. dask, takes them by the `chunk`, each with a file of its own in the cache.
     """
+    if n_jobs != 1:
+        pieces = [part.rows(slice(i, i + chunk)) for i in range(0, len(part), chunk)]
+        jobs = (joblib.delayed(extract_features)(model, p, config, pooled) for p in pieces)
+        return torch.cat(joblib.Parallel(n_jobs)(jobs))
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
     config, cached = config or TrainConfig(), None
@@ -1417,7 +1529,7 @@ def extract_features(
             found.append(features.float().cpu())
     features = torch.cat(found)
     if cached:
-        with replacing(cached) as temporary, open(temporary, "wb") as file:
+        with replacing(cached, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, features.contiguous().numpy(), allow_pickle=False)
         trim_cache(config.cache_dir, config.cache_gb)
     return features
@@ -1535,6 +1647,8 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
 
 
 def _fastest_device() -> str:
+    if "LOCAL_RANK" in os.environ:  # `accelerate launch`: "cuda" becomes the GPU of this process
+        return _this_process().device.type
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return next((name for name, is_there in found.items() if is_there), "cpu")
 
@@ -1673,24 +1787,25 @@ def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        problem = f"{path}: cannot be read ({type(error).__name__})"
-        raise ValueError(f"{problem}; call fit() to start again.") from None
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}); {fix}.") from None
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path, wanted: bool) -> Iterator[None]:
+def _alone_in(
+    folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
+) -> Iterator[None]:
     """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0) if wanted else contextlib.nullcontext():
             yield
     except Timeout:
-        fix = "let it end or stop it first, or give this one another RUN_DIR"
-        raise RuntimeError(f"{folder}: another training runs in this folder; {fix}.") from None
+        fix = f"let it end or stop it first, or give this one another {other}"
+        raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
 
 
 def _remove_resume_point(folder: Path) -> None:
@@ -2049,9 +2164,12 @@ class Trainer:
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Go on from last/ and return the whole history; settings and data must be the same."""
         with _alone_in(self.run_dir, self.accelerator.is_main_process):
-            places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
-            last = next((p for p in places if (p / "trainer.json").is_file()), None)
-            if last is None:
+            last, newer = self.run_dir / "last", self.run_dir / "last.tmp"
+            if (newer / "trainer.json").is_file() and self.accelerator.is_main_process:
+                _remove_resume_point(last)  # killed before this: the only copy gets its own name,
+                os.replace(newer, last)  # or the next one would be written over it
+            self.accelerator.wait_for_everyone()
+            if not (last / "trainer.json").is_file():
                 raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
             config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
             self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
@@ -2145,12 +2263,13 @@ class Trainer:
         row |= {"train_loss": train_loss} | self.validate() | {"seconds": seconds}
         row["images_per_second"] = len(self.loader.dataset) / seconds if epoch else 0.0
         best = np.nanmax([-np.inf, *map(self._score, self.history)])
-        if self._score(row) > best and self.accelerator.is_main_process:
-            model = self.ema.module if row.get("weights") == "ema" else self.plain
-            _save_weights(model, self.best_path)
-        self.epoch = epoch
-        self.history.append(row)
-        self._save_last()
+        with _writing(self.run_dir, "Trainer.resume() goes on from the last finished epoch"):
+            if self._score(row) > best and self.accelerator.is_main_process:
+                model = self.ema.module if row.get("weights") == "ema" else self.plain
+                _save_weights(model, self.best_path)
+            self.epoch = epoch
+            self.history.append(row)
+            self._save_last()
 
     def validate(self) -> dict[str, Any]:
         """Return `metric` and whatever else history shall hold; of the better weights with EMA."""
@@ -2232,7 +2351,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             _remove_resume_point(temporary)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
+        try:
+            self.accelerator.save_state(str(temporary))
+        except BaseException:  # a full disk: what is half written takes its last bytes
+            _remove_resume_point(temporary)
+            raise
         self.accelerator.wait_for_everyone()  # every process has its random state in there
         if self.accelerator.is_main_process:
             if self.ema is not None:
@@ -2589,9 +2712,11 @@ class Classifier:
         for name in ("thresholds", "panorama_thresholds"):
             content[name] = getattr(self, name).tolist()
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
-        with _alone_in(path.parent, (path.parent / ".lock").exists()):  # where somebody trained
+        trained_in = _is_main() and (path.parent / ".lock").exists()  # by somebody who still may
+        with _alone_in(path.parent, trained_in):
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
             _write_json(path, content | {"validation": metrics or {}, "versions": versions})
+        _this_process().wait_for_everyone()
         return path
 
     @classmethod
@@ -2666,24 +2791,95 @@ class Classifier:
         `unreadable="skip"` leaves files out, see `.attrs["unreadable"]` of the table; `flip` looks
         at the mirror images, too, in twice the time (None: as it was saved).
         """
+        items = _as_items(images)
+        with tqdm(total=len(items), desc="classifying", leave=False, delay=2) as bar:
+            return self._answer(items, bar, batch_size, num_workers, unreadable, flip, panorama)[0]
+
+    def _answer(
+        self,
+        items,
+        bar,
+        batch_size=32,
+        num_workers=0,
+        unreadable="raise",
+        flip=None,
+        panorama=False,
+    ):
         _check_choice("unreadable", unreadable, ("raise", "skip"))
         flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
-        views = _Views(_as_items(images), self.transform, panorama, halves)
+        views, busy = _Views(items, self.transform, panorama, halves), 0.0
         loader = make_loader(views, batch_size, num_workers=num_workers)
-        probs, names, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
+        loader = loader if num_workers else read_ahead(views, batch_size)
+        probs, names, failed = [np.empty((0, 1 + halves, len(self.labels)))], [], []
         with torch.inference_mode(), _autocast(self.model, self.device):
-            for batch, found, problems in tqdm(loader, "classifying", leave=False, delay=2):
-                errors += filter(None, problems)
-                if errors and unreadable == "raise":
-                    raise OSError(errors[0])
-                good = [not problem for problem in problems]
+            for batch, found, problems in loader:
+                failed += [(name, problem) for name, problem in zip(found, problems) if problem]
+                if failed and unreadable == "raise":
+                    raise OSError(failed[0][1])
+                start, good = time.perf_counter(), [not problem for problem in problems]
                 logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip)
                 answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                busy += time.perf_counter() - start
                 probs.append(answers[good])
                 names += itertools.compress(found, good)
+                bar.update(len(found))
         table = self._table(names, np.concatenate(probs), panorama)
-        table.attrs["unreadable"] = errors
-        return table
+        table.attrs |= {"unreadable": [problem for _, problem in failed], "busy": busy}
+        return table, failed
+
+    def predict_to(
+        self,
+        images: Any,
+        path: PathLike,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        unreadable: str = "skip",
+        chunk: int = 1000,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Write what `predict` returns for any number of photos to a .csv or .parquet, in order.
+
+        They are a folder, a glob, a CSV with a column image_path, or a list of paths. PATH.parts/
+        keeps their list and every `chunk` that is done: stopped or killed, the same call goes on
+        from there. The processes of `accelerate launch` share the work. What cannot be read stands
+        in failed.csv, with the reason. Returns counts, and the share of time that the model waited.
+        """
+        path, state, start, busy, n = Path(path), _this_process(), time.perf_counter(), 0.0, 0
+        _check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
+        parts, main = path.with_name(f"{path.name}.parts"), state.is_main_process
+        if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+            raise ImportError(f"{path}: pip install pyarrow first, or take the suffix .csv.")
+        is_one = isinstance(images, (str, os.PathLike))
+        images = os.fspath(images) if is_one else [os.fspath(photo) for photo in images]
+        run = {"images": images if is_one else joblib.hash(images)}
+        run |= {"chunk": chunk, "classifier": self._fingerprint(), **options}
+        with _alone_in(parts, main, "classification", "file"), _going_on(parts):
+            if main:
+                _begin(parts, images, run)
+            state.wait_for_everyone()
+            n_photos = _read_state(parts / "plan.json", f"delete {parts} to begin again")["photos"]
+            done = {int(file.stem) for file in parts.glob(f"{'[0-9]' * 8}.csv")}
+            todo = sorted(set(range(-(-n_photos // chunk))) - done)
+            [todo] = broadcast_object_list([todo])  # of the first process: all see the same
+            mine = set(todo[state.process_index :: state.num_processes])
+            shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
+            with tqdm(**shown, unit=" photos", disable=not main or None) as bar:
+                for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
+                    found = self._answer(paths, bar, batch_size, num_workers, unreadable, **options)
+                    _write_chunk(parts, number, *found)
+                    busy, n = busy + found[0].attrs["busy"], n + len(paths)
+            state.wait_for_everyone()
+            if main:
+                panorama = options.get("panorama", False)
+                views = 1 + (panorama and self.view == "half")
+                example = self._table(["a"], np.zeros((1, views, len(self.labels))), panorama)
+                _join(parts, path, example)
+            state.wait_for_everyone()
+        if main:
+            (parts / "plan.json").unlink()  # first: what is left then is never taken for a run
+            shutil.rmtree(parts, ignore_errors=True)
+        seconds = time.perf_counter() - start
+        return {"photos": n, "photos_per_second": n / seconds, "waited": 1 - busy / seconds}
 
     def predict_panorama(
         self, images: Any, batch_size: int = 16, *options: Any, **named: Any
@@ -2710,6 +2906,11 @@ class Classifier:
             table.insert(1, "part", parts * len(names))
         return table.join(pd.DataFrame(rows, columns=[f"{name}_prob" for name in self.labels]))
 
+    def _fingerprint(self) -> str:
+        """Return what changes with weights, labels, thresholds and whatever else decides."""
+        weights = {k: v.float().cpu().numpy() for k, v in self.model.state_dict().items()}
+        return joblib.hash([weights, *(getattr(self, option.name) for option in fields(self)[1:])])
+
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
 
@@ -2729,6 +2930,114 @@ class Classifier:
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
         return np.concatenate(list(maps * strength[:, None, None]), axis=1)
+
+
+@contextlib.contextmanager
+def _going_on(parts: Path) -> Iterator[None]:
+    how = "the same call goes on from there"
+    try:
+        with _writing(parts, how):
+            yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{parts} keeps what is done; {how}") from None
+
+
+def _each_path(images: str | list[str]) -> Iterator[str]:
+    """Yield the paths of a folder, a CSV, a glob or a list, in its order."""
+    if not isinstance(images, str):
+        yield from images
+    elif os.path.isdir(images):
+        yield from map(str, iterate_images(images))
+    elif os.path.isfile(images):
+        yield from _read_paths(Path(images)) if images.lower().endswith(".csv") else [images]
+    elif glob.has_magic(images):
+        found = sorted(glob.iglob(images, recursive=True))
+        yield from (p for p in found if Path(p).suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        raise FileNotFoundError(f"{images}: no such folder, CSV or photo.")
+
+
+def _read_paths(table: Path) -> Iterator[str]:
+    with open(table, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        try:
+            if "image_path" not in (rows.fieldnames or ()):
+                raise _bad_line(table, 1, "expected a column image_path")
+            for row in rows:
+                if not row["image_path"]:
+                    raise _bad_line(table, rows.line_num, "no image_path")
+                yield _seen_from_here(table, row["image_path"])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{table}: no CSV of UTF-8 text ({error}).") from None
+
+
+def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
+    """List the photos, or check that what was begun is to go on."""
+    plan, fix = parts / "plan.json", f"delete {parts} to begin again"
+    if not plan.is_file():
+        for old in parts.glob("*.csv"):
+            old.unlink()
+        with replacing(parts / "paths.jsonl") as temporary, open(temporary, "w") as file:
+            n_photos = sum(file.write(json.dumps(photo) + "\n") > 0 for photo in _each_path(images))
+        if not n_photos:
+            raise FileNotFoundError(f"{images}: no image in it.")
+        _write_json(plan, run | {"photos": n_photos})
+    before = _read_state(plan, fix)
+    changed = [key for key, value in run.items() if before.get(key) != value]
+    if changed:
+        problem = f"{parts}: begun with another {_some(changed)}"
+        raise ValueError(f"{problem}; restore it to go on, or {fix}.")
+
+
+def _read_chunks(path: Path, size: int, wanted: set[int]) -> Iterator[tuple[int, list[str]]]:
+    with open(path, encoding="utf-8") as lines:
+        for number in itertools.count():
+            if not (some := list(itertools.islice(lines, size))):
+                return
+            if number in wanted:
+                yield number, [json.loads(line) for line in some]
+
+
+def _write_chunk(parts: Path, number: int, table: pd.DataFrame, failed: list) -> None:
+    """Write the failed ones first: with the other file a chunk is done."""
+    tables = {"failed.csv": pd.DataFrame(failed, columns=["image", "reason"]), "csv": table}
+    for suffix, rows in tables.items():
+        with replacing(parts / f"{number:08}.{suffix}", by_all=True) as temporary:
+            rows.to_csv(temporary, index=False, header=False, errors="backslashreplace")
+
+
+def _join(parts: Path, path: Path, example: pd.DataFrame) -> None:
+    """Put the chunks together under the columns of `example`; the failed ones first."""
+    before = path.stem.removesuffix("predictions").rstrip("_")
+    failed = path.with_name(f"{before}_failed.csv" if before else "failed.csv")
+    reasons = pd.DataFrame(columns=["image", "reason"])
+    for suffix, target, rows in (("failed.csv", failed, reasons), ("csv", path, example)):
+        chunks = sorted(parts.glob(f"{'[0-9]' * 8}.{suffix}"))
+        write = _join_parquet if target.suffix == ".parquet" else _join_csv
+        with replacing(target) as temporary:
+            write(chunks, temporary, rows)
+
+
+def _join_csv(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
+    with open(target, "wb") as file:
+        header = example.iloc[:0].to_csv(index=False)
+        file.write(header.encode("utf-8", "backslashreplace"))
+        for chunk in chunks:
+            with open(chunk, "rb") as rows:
+                shutil.copyfileobj(rows, file)
+
+
+def _join_parquet(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    schema = pyarrow.Schema.from_pandas(example, preserve_index=False).remove_metadata()
+    names = csv.ReadOptions(column_names=schema.names)
+    cells = csv.ParseOptions(newlines_in_values=True)
+    types = csv.ConvertOptions(column_types=schema)
+    with parquet.ParquetWriter(target, schema) as writer:
+        for chunk in filter(lambda chunk: chunk.stat().st_size, chunks):
+            writer.write_table(csv.read_csv(chunk, names, cells, types))
 
 
 def _as_items(images: Any) -> list[Any]:
