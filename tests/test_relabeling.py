@@ -327,15 +327,15 @@ def test_confidence_is_the_lowest_that_reaches_the_precision_on_validation(nb):
 def test_sure_unknown_cells_become_soft_targets_up_to_the_cap(nb):
     given = np.array([[NAN], [NAN], [NAN], [NAN], [0], [NAN]])
     probs = fold_by_fold([[0.9], [0.99], [0.5], [0.02], [0.99], [0.2]])
-    filled = nb.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 1.0)
+    filled = nb.fill_cells(given, probs, (np.array([0.8]), np.array([0.1])), 1.0)
     expected = [[0.9], [0.99], [NAN], [0.02], [0], [NAN]]
     assert np.array_equal(filled, expected, equal_nan=True)
     # of 5 unknown cells at most 2, the surest: 0.99 (0.49 from 0.5) and 0.02 (0.48)
-    capped = nb.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 0.4)
+    capped = nb.fill_cells(given, probs, (np.array([0.8]), np.array([0.1])), 0.4)
     expected = [[NAN], [0.99], [NAN], [0.02], [0], [NAN]]
     assert np.array_equal(capped, expected, equal_nan=True)
     with pytest.raises(TypeError, match="ndarray: expected what out_of_fold returns"):
-        nb.fill_cells(given, probs.probs, np.array([0.8]), np.array([0.1]), 1.0)
+        nb.fill_cells(given, probs.probs, (np.array([0.8]), np.array([0.1])), 1.0)
 
 
 def test_button_saves_its_decision_at_once_and_goes_on_after_a_restart(nb, tmp_path):
