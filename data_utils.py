@@ -4,7 +4,8 @@ The sections follow the data. Everything is importable at the top level and pick
 DataLoader workers and launched processes can use it; copy this file beside a notebook of your own.
 
 Shape letters: B batch, C channels, H height, W width, N images, L labels, G groups.
-A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target).
+A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target); of
+classes that exclude each other a target is one number an image, -1 where nobody judged it.
 """
 
 import contextlib
@@ -66,6 +67,7 @@ from tqdm.auto import tqdm
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
+CLASS = "class"  # the one column of classes that exclude each other; "classes.txt" has their order
 VIEWS = ("half", "panorama")
 PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
@@ -405,7 +407,7 @@ def read_labelbox(
 def check_label_names(labels: Iterable[str], path: str | os.PathLike, what: str = "label") -> None:
     """Refuse labels that are called like another column of a partition or of predictions."""
     labels = sorted(labels)
-    taken = {"image", "part", *NOT_LABELS, *(f"{label}_prob" for label in labels)}
+    taken = {"image", "part", CLASS, *NOT_LABELS, *(f"{label}_prob" for label in labels)}
     if found := [label for label in labels if label in taken]:
         raise ValueError(f"{path}: {found[0]!r} is the name of a column; rename that {what}.")
 
@@ -541,17 +543,46 @@ def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.
 
 
 def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
-    """Return the rows of a partition CSV, paths seen from the working directory, and its labels."""
+    """Return the rows of a partition CSV, paths seen from the working directory, and its labels.
+
+    Classes that exclude each other are one column `class`, a name or NaN; the labels are those of
+    classes.txt beside the CSV.
+    """
     path = _need_file(path, "run partitioning.ipynb to make it")
     df = read_table(path)
     labels = [column for column in df.columns if column not in NOT_LABELS]
     if not labels or not set(NOT_LABELS) <= set(df.columns):
         raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
-    df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
+    if CLASS in labels:
+        labels = _check_classes(df, path)
+        df = df.assign(**{CLASS: df[CLASS].mask(df[CLASS] == "")}).reset_index(drop=True)
+    else:
+        df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
     raw = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
     names = [raw.sub(lambda b: chr(0xDC00 + int(b[1], 16)), name) for name in df["image_path"]]
-    paths = [os.path.normpath(path.parent / name) for name in names]
-    return df.assign(image_path=[Path(p).as_posix() for p in paths]), labels
+    paths = [os.path.normpath(os.path.join(path.parent, name)) for name in names]
+    return df.assign(image_path=[p.replace(os.sep, "/") for p in paths]), labels
+
+
+def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
+    """Return the classes of a partition of `read_table`; a name must be known, a photo one row."""
+    names = _need_file(path.with_name("classes.txt"), "a partition of classes needs it beside it")
+    classes = names.read_text(encoding="utf-8-sig").splitlines()
+    if len(set(classes)) < len(classes) or "" in classes:
+        raise ValueError(f"{names}: expected one class per line, each once.")
+    if others := set(df.columns) - {CLASS, *NOT_LABELS}:
+        raise ValueError(f"{path}: {_some(sorted(others))} beside the column class; keep one kind.")
+    wrong, twice = ~df[CLASS].isin(["", *classes]), df["image_path"].duplicated()
+    if wrong.any():
+        first = df[wrong].iloc[0]
+        problem = f"{first[CLASS]!r} is no class of {names.name} ({_some(classes, 3)})"
+        raise _bad_line(path, first.name + 2, f"{problem}; {wrong.sum()} such cells")
+    if twice.any():
+        first = df[twice].iloc[0]
+        own = df.loc[df["image_path"] == first["image_path"], CLASS]
+        problem = f"{first['image_path']} stands twice, as {_some(own)}"
+        raise _bad_line(path, first.name + 2, f"{problem}; keep one row per photo")
+    return classes
 
 
 def load_parts(
@@ -561,23 +592,47 @@ def load_parts(
     paths = {name: Path(folder) / f"{name}_partition.csv" for name in names}
     read = {name: read_partition(path) for name, path in paths.items()}
     labels = read[names[0]][1]
-    for name, (_, own) in read.items():
-        if own != labels:
-            other = _some(sorted(set(own) ^ set(labels))) or "in another order"
+    for name, (table, own) in read.items():
+        if own != labels or (CLASS in table) != (CLASS in read[names[0]][0]):
+            other = _some(sorted(set(own) ^ set(labels))) or "in another order or of another kind"
             raise ValueError(f"{paths[name]}: other labels than {paths[names[0]].name}: {other}.")
     parts = {name: table for name, (table, _) in read.items()}
     for one, two in itertools.combinations(names, 2):
         if shared := set(parts[one]["group_id"]) & set(parts[two]["group_id"]):
             problem = f"group {_some(sorted(shared))} is in {one} and in {two}"
             raise ValueError(f"{folder}: {problem}; run partitioning.ipynb again.")
+    trained = set(parts["train"][CLASS]) if CLASS in parts.get("train", ()) else set(labels)
+    if lost := [name for name in labels if name not in trained]:
+        fix = "add photos, or take it from classes.txt and the other parts"
+        raise ValueError(f"{paths['train']}: no photo of class {_some(lost)}; {fix}.")
     return parts, labels
 
 
-def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a partition CSV; `image_path` becomes relative to the CSV's folder."""
-    relative = [Path(os.path.relpath(p, Path(path).parent)).as_posix() for p in df["image_path"]]
+def write_partition(df: pd.DataFrame, path: str | os.PathLike, classes: Sequence[str] = ()) -> None:
+    """Write a partition CSV; `image_path` becomes relative to the CSV's folder.
+
+    `classes`, in their order, become classes.txt beside it, which a column `class` needs.
+    """
+    start = Path(path).parent
+    seen = functools.cache(lambda folder: os.path.relpath(folder or ".", start))
+    pairs = [os.path.split(image) for image in df["image_path"]]
+    relative = [os.path.normpath(os.path.join(seen(folder), name)) for folder, name in pairs]
+    table = df.assign(image_path=[name.replace(os.sep, "/") for name in relative])
+    if len(classes):
+        class_numbers(df[CLASS], classes)  # refuses a name that is none of them
+        with replacing(start / "classes.txt") as temporary:
+            text = "".join(f"{name}\n" for name in classes)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     with replacing(path) as temporary:
-        df.assign(image_path=relative).to_csv(temporary, index=False, errors="backslashreplace")
+        table.to_csv(temporary, index=False, errors="backslashreplace")
+
+
+def class_numbers(names: pd.Series, classes: Sequence[str]) -> Array:
+    """Return the place of each name in `classes`, (N,) of int64, -1 for NaN."""
+    numbers = pd.Index(classes).get_indexer(names).astype(np.int64)
+    if lost := sorted(set(names[numbers < 0].dropna())):
+        raise ValueError(f"class {_some(map(repr, lost))}: none of the classes {_some(classes)}.")
+    return numbers
 
 
 # ---------------------------------------------------------------- data
@@ -712,8 +767,11 @@ def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
 class DataPartition(Dataset):
     """The images (3, H, W) and targets (L,), float32 with NaN for unknown, of a partition.
 
-    JPEGs are decoded no larger than the resizing step of `transform` (PIL image → tensor) needs;
-    `cache_dir` keeps the decoded, shrunk copies, so that no photo is decoded twice.
+    With a column `class` a target is its number (int64, -1 for unknown), and `exclusive` is true.
+    Paths and groups are kept as bytes, which worker processes share, and decoded at each look at
+    `paths` and `groups`: take these once, not in a loop. JPEGs are decoded no larger than the
+    resizing step of `transform` (PIL image → tensor) needs; `cache_dir` keeps the decoded, shrunk
+    copies, so that no photo is decoded twice.
     """
 
     def __init__(
@@ -723,22 +781,42 @@ class DataPartition(Dataset):
         transform: Callable | None = None,
         cache_dir: str | os.PathLike | None = None,
     ) -> None:
-        missing = [c for c in ("image_path", *label_columns) if c not in df.columns]
-        if missing:
-            raise ValueError(f"the partition has no column {_some(missing)}.")
-        self.paths = df["image_path"].astype(str).tolist()
-        self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
         self.label_columns, self.transform = list(label_columns), transform
-        self.targets = df[self.label_columns].to_numpy(np.float32)  # (N, L)
+        self.exclusive = CLASS in df
+        wanted = ("image_path", *(() if self.exclusive else label_columns))
+        if missing := [c for c in wanted if c not in df.columns]:
+            raise ValueError(f"the partition has no column {_some(missing)}.")
+        self.paths = df["image_path"]
+        self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
+        targets = read_targets(df, self.label_columns)  # (N,) or (N, L)
+        self.targets = targets if self.exclusive else targets.astype(np.float32)
         self.cache_dir = Path(cache_dir) if cache_dir else None
 
+    @property
+    def paths(self) -> list[str]:
+        return [os.fsdecode(path) for path in self._paths]
+
+    @paths.setter
+    def paths(self, paths: Iterable[str]) -> None:
+        self._paths = _as_bytes(paths)
+
+    @property
+    def groups(self) -> Array:
+        texts = self._groups.dtype.kind == "S"
+        return np.array([*map(os.fsdecode, self._groups)], object) if texts else self._groups
+
+    @groups.setter
+    def groups(self, groups: Array) -> None:
+        groups = np.asarray(groups)
+        self._groups = _as_bytes(groups) if groups.dtype.kind in "OU" else groups
+
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
         size = _needed_size(self.transform)
         read = self._open_cached if self.cache_dir and size else open_image
-        image = read(self.paths[index], size)
+        image = read(os.fsdecode(self._paths[index]), size)
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.targets[index])
 
@@ -754,6 +832,21 @@ class DataPartition(Dataset):
         with replacing(copy) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
         return image
+
+
+def read_targets(df: pd.DataFrame, labels: Sequence[str]) -> Array:
+    """Return the numbers of the classes, (N,) with -1 for unknown, or (N, L) with NaN for it."""
+    return class_numbers(df[CLASS], labels) if CLASS in df else df[list(labels)].to_numpy(float)
+
+
+def _as_bytes(texts: Iterable[Any]) -> Array:
+    return np.array([os.fsencode(str(text)) for text in texts], bytes)
+
+
+def _as_shares(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Turn class numbers (B,) into shares (B, C), NaN in a row where the number is -1."""
+    shares = F.one_hot(targets.clamp(min=0), num_classes).float()
+    return shares.masked_fill(targets[:, None] < 0, torch.nan)
 
 
 def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
@@ -772,7 +865,8 @@ class FeatureSet(TensorDataset):
         if len(features) != len(targets):
             raise ValueError(f"{len(features)} features and {len(targets)} rows of targets.")
         self.features, self.label_columns = features, list(label_columns)
-        self.targets = np.asarray(targets, np.float32)  # (N, L), NaN for unknown
+        self.exclusive = np.ndim(targets) == 1  # (N,) class numbers, or (N, L), NaN for unknown
+        self.targets = np.asarray(targets, np.int64 if self.exclusive else np.float32)
         super().__init__(features, torch.from_numpy(self.targets))
 
 
@@ -1193,13 +1287,20 @@ def _start_head(model, bias):
                 layer.bias.copy_(bias)
 
 
-def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray:
+def base_rate_logits(
+    targets: np.ndarray, exclusive: bool = False, num_classes: int = 0
+) -> np.ndarray:
     """Return the logit (`exclusive`: log, for a softmax) of each label's rate in known cells, (L,).
 
-    A head that starts there has no loss to lose by learning the rates.
+    A head that starts there has no loss to lose by learning the rates. Of class numbers (N,)
+    `num_classes` says how many there are.
     """
-    known = (~np.isnan(targets)).sum(0).clip(1)
-    rates = np.nansum(targets, 0) / known
+    if targets.ndim == 1:
+        exclusive, judged = True, targets[targets >= 0]
+        counts, known = np.bincount(judged, minlength=num_classes), max(len(judged), 1)
+    else:
+        counts, known = np.nansum(targets, 0), (~np.isnan(targets)).sum(0).clip(1)
+    rates = counts / known
     rates = rates.clip(0.5 / known, 1 - 0.5 / known)  # half a photo more than none, less than all
     return np.log(rates) if exclusive else np.log(rates / (1 - rates))
 
@@ -1337,9 +1438,9 @@ def _features_key(model, dataset, pooled):
 PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 
 
-def _fit_logistic(x, y, strength, exclusive):
+def _fit_logistic(x, y, strength, exclusive, num_labels):
     """Return weights (C + 1, L), the optimum of sklearn's LogisticRegression(C=strength)."""
-    weights = torch.zeros(x.shape[1] + 1, y.shape[1], requires_grad=True)
+    weights = torch.zeros(x.shape[1] + 1, num_labels, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
@@ -1355,6 +1456,8 @@ def _fit_logistic(x, y, strength, exclusive):
 
 def _log_loss(logits, y, exclusive):
     """Return the sum of the log losses over the known cells, or over the judged images."""
+    if y.ndim == 1:
+        return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
     known, y = ~y.isnan(), y.nan_to_num(0.0)
     if exclusive:
         return (F.cross_entropy(logits, y, reduction="none") * known.all(1)).sum()
@@ -1362,15 +1465,23 @@ def _log_loss(logits, y, exclusive):
 
 
 def fit_probe(
-    features: torch.Tensor, targets: Array, groups: Groups = None, exclusive: bool = False
+    features: torch.Tensor,
+    targets: Array,
+    groups: Groups = None,
+    exclusive: bool = False,
+    num_classes: int = 0,
 ) -> tuple[nn.Linear, pd.Series]:
     """Fit one logistic regression per label (`exclusive`: one softmax) on features (N, C).
+
+    Targets are (N, L), or (N,) class numbers, of which `num_classes` says how many there are.
 
     Returns the layer, features (B, C) → logits (B, L), and the log loss of each strength on groups
     left out in turn, by which one strength for all labels is chosen.
     """
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
-    y = torch.as_tensor(np.asarray(targets), dtype=torch.float32)
+    by_number = np.ndim(targets) == 1
+    y = torch.as_tensor(np.asarray(targets), dtype=torch.int64 if by_number else torch.float32)
+    about = exclusive, num_classes if by_number else y.shape[1]
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     x, losses, folds = (features - mean) / std, [], []  # no folds: the strongest penalty
     if (n_folds := min(5, len(set(groups)))) > 1:
@@ -1379,15 +1490,15 @@ def fit_probe(
     for strength in PROBE_STRENGTHS:
         total = 0.0
         for train, held_out in folds:
-            weights = _fit_logistic(x[train], y[train], strength, exclusive)
+            weights = _fit_logistic(x[train], y[train], strength, *about)
             logits = x[held_out] @ weights[:-1] + weights[-1]
             total += _log_loss(logits, y[held_out], exclusive).item()
-        losses.append(total / max(int((~y.isnan()).sum()), 1))
+        losses.append(total / max(int((y >= 0).sum()), 1))
         if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
             break  # it only overfits more from here
     table = pd.Series(losses, PROBE_STRENGTHS[: len(losses)], name="log loss")
-    weights = _fit_logistic(x, y, table.idxmin(), exclusive)
-    layer = nn.Linear(features.shape[1], y.shape[1])
+    weights = _fit_logistic(x, y, table.idxmin(), *about)
+    layer = nn.Linear(features.shape[1], weights.shape[1])
     with torch.no_grad():
         layer.weight.copy_((weights[:-1] / std[:, None]).T)
         layer.bias.copy_(weights[-1] - layer.weight @ mean)
@@ -1441,9 +1552,10 @@ def fast_precision(model: nn.Module, device: str | None = None) -> str:
 class MaskedLoss(nn.Module):
     """A loss of timm by name, or "ce" (one class an image): the mean over known (not NaN) cells.
 
-    For "ce" and "zlpr" it is over images with known cells. "zlpr" and "twoway" compare labels: an
-    unknown cell is a negative with logit -1e4, whose share is zero. To "db" it is present by the
-    label's rate in `targets` (N, L), those of the training part. `kwargs`: e.g. asl_gamma_neg.
+    "ce" takes class numbers (B,), -1 for unknown, or shares (B, C). For "ce" and "zlpr" it is over
+    images with known cells. "zlpr" and "twoway" compare labels: an unknown cell is a negative with
+    logit -1e4, whose share is zero. To "db" it is present by the label's rate in `targets`, those
+    of the training part, (N,) or (N, L), of which "auto" depends. `kwargs`: e.g. asl_gamma_neg.
     """
 
     def __init__(
@@ -1456,6 +1568,7 @@ class MaskedLoss(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        name = _fitting_loss(name, targets.ndim == 1)
         if name == "ce" and (class_weights is not None or kwargs):
             raise ValueError(f"loss='ce' takes no {_some(kwargs or ['class_weights'])}.")
         if name != "ce" and label_smoothing:
@@ -1464,14 +1577,15 @@ class MaskedLoss(nn.Module):
             raise ValueError("bce_sum sums unknown cells too; leave it out.")
         self.name, n = name, len(targets)
         # One sample count for all labels, as timm expects: each label's rate scaled to N images.
-        counts = np.nansum(targets, axis=0) / np.maximum((~np.isnan(targets)).sum(0), 1) * n
+        known = np.maximum((~np.isnan(targets)).sum(0), 1)
+        counts = np.nansum(targets, axis=0) / known * n * (name != "ce")
         if class_weights is not None:
             _check_choice("class_weights", class_weights, CLASS_WEIGHT_METHODS)
             kind, weights = compute_class_weights(counts, n, class_weights)
             kwargs[kind] = weights
         if name == "db":
             kwargs |= {"class_counts": counts, "num_samples": n}
-        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing, ignore_index=-1)
         if name != "ce":
             kwargs |= {"multi_label": True, "soft_targets": soft}
             self.loss = create_classification_loss(name, **kwargs)
@@ -1481,6 +1595,9 @@ class MaskedLoss(nn.Module):
         self.register_buffer("prior", prior, persistent=False)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if targets.ndim == 1:
+            n_judged = (targets >= 0).sum().clamp(min=1)
+            return self.loss(logits.float(), targets).sum() / n_judged
         known, logits = ~targets.isnan(), logits.float()
         targets = torch.where(known, targets, self.prior.to(targets.dtype))
         if self.name in ("zlpr", "twoway"):
@@ -1491,8 +1608,18 @@ class MaskedLoss(nn.Module):
         return (self.loss(logits, targets) * counted).sum() / counted.sum().clamp(min=1)
 
 
+def _fitting_loss(loss: str, exclusive: bool) -> str:
+    """Return "ce" for classes and "bce" for labels in place of "auto"; refuse the wrong one."""
+    if exclusive and loss not in ("auto", "ce"):
+        problem = "is for labels that may come together, and this partition has one class a photo"
+        raise ValueError(f"loss={loss!r}: {problem}; leave it out, or set 'ce'.")
+    return loss if loss != "auto" else "ce" if exclusive else "bce"
+
+
 def _check_exclusive(part: DataPartition, name: str) -> None:
     """Refuse targets that are no shares of one class an image; unjudged images may be there."""
+    if part.exclusive:
+        return
     shares = part.targets.sum(1)  # NaN where a cell is unknown
     wrong = ~np.isnan(part.targets).all(1) & ~(np.abs(shares - 1) <= 1e-3)
     if wrong.any():
@@ -1595,7 +1722,9 @@ class TrainConfig:
     ema_decay: float | None = _option(None, "of a moving average of the weights, e.g. 0.98", _SHARE)
     mixup_alpha: float = _option(0.0, "blends pairs of photos (MixUp); try 0.2", _FROM_0)
     cutmix_alpha: float = _option(0.0, "pastes a box of another photo (CutMix)", _FROM_0)
-    loss: str = _option("bce", "bce, asl, zlpr, twoway, db; ce: one class each", _NAME)
+    loss: str = _option(
+        "auto", "auto: ce for classes, bce for labels; asl, zlpr, twoway, db", _NAME
+    )
     loss_kwargs: dict = _option(dict, "options of timm's loss, e.g. asl_gamma_neg", _NO_SMOOTHING)
     label_smoothing: float = _option(0.0, "share spread over all classes (ce)", _BELOW_1)
     class_weights: str | None = _option(None, "for bce, asl: neg_pos, inv_freq, effective_num")
@@ -1684,7 +1813,8 @@ def build_run(
     if config.labels and config.labels != labels:
         raise ValueError(f"{config.partition_dir}: other labels than the run's; restore them.")
     head_kwargs = head_kwargs if head else config.head_kwargs
-    rates = base_rate_logits(parts["train"][labels].to_numpy(float), config.loss == "ce")
+    targets = read_targets(parts["train"], labels)
+    rates = base_rate_logits(targets, config.loss == "ce", len(labels))
     set_seed(config.seed)
     about = len(labels), head or config.head, config.pretrained, config.img_size, rates
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
@@ -1709,10 +1839,11 @@ def start_from_probe(
     train, val = copy.copy(parts["plain"]), parts["val"]
     if not is_linear:
         rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:most])
-        train.paths, train.targets = [train.paths[i] for i in rows], train.targets[rows]
+        train.paths, train.targets = np.array(train.paths, object)[rows], train.targets[rows]
     x, x_val = (extract_features(model, part, *options) for part in (train, val))
     if is_linear:
-        probe, _ = fit_probe(x, train.targets, train.groups, exclusive=config.loss == "ce")
+        about = train.groups, config.loss == "ce", len(train.label_columns)
+        probe, _ = fit_probe(x, train.targets, *about)
         use_probe(model, probe)
         return mean_average_precision(val.targets, probe(x_val).detach().numpy())
     sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
@@ -1776,11 +1907,13 @@ class Trainer:
         config: TrainConfig,
         run_dir: str | os.PathLike,
     ) -> None:
-        if train_set.label_columns != val_set.label_columns:
+        kinds = {(*part.label_columns, part.exclusive) for part in (train_set, val_set)}
+        if len(kinds) > 1:
             raise ValueError("training and validation partitions have different labels or order.")
         self.run_dir, self.best_path, self.val_set = Path(run_dir), Path(run_dir) / WEIGHTS, val_set
         spec = getattr(model, "spec", {}).items()
         own = {key: value for key, value in spec if key in ("head", "head_kwargs")}
+        own["loss"] = _fitting_loss(config.loss, train_set.exclusive)
         self.config = config = replace(config, labels=list(train_set.label_columns), **own)
         precision = fast_precision(model) if config.precision == "auto" else config.precision
         AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
@@ -1798,16 +1931,17 @@ class Trainer:
 
     def prepare_loss(self, train_set: DataPartition) -> None:
         """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
-        config, targets = self.config, train_set.targets
+        config, targets, exclusive = self.config, train_set.targets, train_set.exclusive
         if not (targets >= 0).any():
             raise ValueError("the training part has no judged label: nothing to learn from.")
-        if not (self.val_set.targets >= 0.5).any():
+        if not (self.val_set.targets >= (0 if exclusive else 0.5)).any():
             raise ValueError("no label is present in the validation part: nothing to select by.")
         if config.loss == "ce":
             _check_exclusive(train_set, "training")
             _check_exclusive(self.val_set, "validation")
         alphas = config.mixup_alpha, config.cutmix_alpha
-        self.mixup = TriStateMixup(targets.shape[1], *alphas) if max(alphas) > 0 else None
+        self.num_labels = len(train_set.label_columns)
+        self.mixup = TriStateMixup(self.num_labels, *alphas) if max(alphas) > 0 else None
         soft = self.mixup is not None or bool(((targets > 0) & (targets < 1)).any())
         options = config.loss_kwargs | {"label_smoothing": config.label_smoothing}
         loss = MaskedLoss(config.loss, targets, config.class_weights, soft, **options)
@@ -1986,8 +2120,11 @@ class Trainer:
         scores = {"val_loss": self.criterion(logits, targets).item()}
         scores |= {"val_mAP": mean_average_precision(self.val_set.targets, probs)}
         if self.config.loss == "ce":
-            judged = ~targets.isnan().any(1)
-            shares = accuracy(logits[judged], targets[judged].argmax(1), topk=(1, 5))
+            numbers = targets
+            if targets.ndim == 2:
+                numbers = targets.argmax(1).where(~targets.isnan().any(1), -1)
+            judged = numbers >= 0
+            shares = accuracy(logits[judged], numbers[judged], topk=(1, 5))
             scores |= {f"val_top{k}": share.item() / 100 for k, share in zip((1, 5), shares)}
         return scores
 
@@ -1995,6 +2132,7 @@ class Trainer:
         """Return the loss of a batch, a number; called where gradients are recorded."""
         pairs = len(images) // 2 * 2  # timm mixes pairs; the last of an odd batch stays
         if self.mixup is not None and pairs:
+            targets = _as_shares(targets, self.num_labels) if targets.ndim == 1 else targets
             images[:pairs], targets[:pairs] = self.mixup(images[:pairs], targets[:pairs])
         with self.accelerator.autocast():
             logits = self.model(images.contiguous(memory_format=self.layout))
@@ -2092,16 +2230,27 @@ def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
     """Return both as (N, L) of float; the one place where NaN probabilities are refused."""
     if np.isnan(probs := np.asarray(probs, float)).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
+    if (targets := np.asarray(targets)).ndim == 1:  # numbers of classes, -1 for unknown
+        shares = (targets[:, None] == np.arange(probs.shape[1])).astype(np.float32)
+        shares[targets < 0] = np.nan
+        return shares, probs
     return np.asarray(targets, float), probs
+
+
+def rank_classes(targets: Array, probs: Array) -> Array:
+    """Return how many classes came before the true one (N,): top-k is rank < k; -1 is unknown."""
+    own = np.take_along_axis(probs, np.maximum(targets, 0)[:, None], axis=1)
+    earlier = np.arange(probs.shape[1]) < targets[:, None]  # of equal ones the first is taken
+    return np.where(targets >= 0, ((probs > own) | ((probs == own) & earlier)).sum(1), -1)
 
 
 def _replicates(
     targets: Any, probs: Any, thresholds: Cuts, groups: Groups, n_bootstrap: int, seed: int
 ) -> dict[str, Array]:
     """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
-    targets, probs = _as_scored(targets, probs)
+    numbers, (targets, probs) = np.asarray(targets), _as_scored(targets, probs)
     known, true = ~np.isnan(targets), targets >= 0.5
-    is_top1 = isinstance(thresholds, str) and thresholds == "argmax"
+    is_top1 = numbers.ndim == 1 or (isinstance(thresholds, str) and thresholds == "argmax")
     predicted = _most_probable(probs) if is_top1 else probs >= np.asarray(thresholds, float)
     index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
     n_groups = index.max() + 1
@@ -2119,6 +2268,10 @@ def _replicates(
         scores["micro F1"] = 2 * tp.sum(1) / (2 * tp + fp + fn).sum(1)
         scores["Hamming loss"] = weights @ wrong.sum(1) / (weights @ known.sum(1))
         scores["exact match"] = weights @ (judged & ~wrong.any(1)) / (weights @ judged)
+        if numbers.ndim == 1:
+            rank = rank_classes(numbers, probs)
+            for k in (1, 5):
+                scores[f"top-{k}"] = weights @ (judged & (rank < k)) / (weights @ judged)
     for mean, name in (("mAP", "AP"), ("macro F1", "F1")):  # of labels that a sample shows
         scores[mean] = np.ma.masked_invalid(scores[name]).mean(1).filled(np.nan)
     return scores
@@ -2144,11 +2297,13 @@ def score_labels(
 
     Args:
         targets, probs: (N, L); NaN targets are unknown, soft ones count as present from 0.5.
+            Or targets (N,) of class numbers, -1 for unknown: the most probable class decides.
         thresholds: one for all or one per label; "argmax" for classes that exclude each other.
         groups: (N,), what the bootstrap behind the 95 % intervals draws whole; None draws rows.
     """
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
-    table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
+    table, (targets, _) = pd.DataFrame(index=label_columns), _as_scored(targets, probs)
+    table.index.name = "label"
     table["support"], table["absent"] = (targets >= 0.5).sum(0), (targets < 0.5).sum(0)
     table["unknown"] = np.isnan(targets).sum(0)
     for name in ("AP", "precision", "recall", "F1"):
@@ -2169,9 +2324,10 @@ def summarize_scores(
     """Score all labels together, see `score_labels`; with "argmax", exact match is top-1."""
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     names = ["mAP", "macro F1", "micro F1", "Hamming loss", "exact match"]
+    names = ["top-1", "top-5", "mAP", "macro F1"] if "top-1" in scores else names
     rows = [(scores[name][0], *_interval(scores[name])) for name in names]
     table = pd.DataFrame(rows, pd.Index(names, name="score"), ["value", "low", "high"])
-    return table.assign(labels=f"{np.isfinite(scores['AP'][0]).sum()} of {targets.shape[1]}")
+    return table.assign(labels=f"{np.isfinite(scores['AP'][0]).sum()} of {scores['AP'].shape[1]}")
 
 
 def compare_scores(
@@ -2191,7 +2347,7 @@ def compare_scores(
         raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
 
     def replicates(runs: Array) -> Array:
-        shape, found = np.shape(targets), np.shape(runs)
+        shape, found = (len(targets), len(label_columns)), np.shape(runs)
         if found[-2:] != shape:
             expected = f"expected {shape}, as the targets, or several of these"
             raise ValueError(f"probabilities of shape {found}: {expected}.")
@@ -2379,6 +2535,8 @@ class Classifier:
     ) -> "Classifier":
         """Take the thresholds with the best F1 of `probs` (N, L) on validation."""
         labels, options = part.label_columns, {"view": view, **options}
+        if part.exclusive:
+            options.setdefault("activation", "softmax")
         if options.get("activation", "sigmoid") != "sigmoid":
             return cls(model, labels, **options)
         find = functools.partial(find_optimal_thresholds, label_columns=labels, mode="shrunk")
@@ -2659,8 +2817,10 @@ def finish_run(trainer: Trainer) -> Classifier:
     config, part = trainer.config, trainer.val_set
     probs = trainer.predict(part, flip=config.flip_test)
     options = {"view": config.view, "flip": config.flip_test}
+    options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
-    scores = summarize_scores(part.targets, probs, classifier.thresholds, n_bootstrap=0)
+    cuts = "argmax" if classifier.exclusive else classifier.thresholds
+    scores = summarize_scores(part.targets, probs, cuts, n_bootstrap=0)
     path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
     return Classifier.load(path, part.label_columns)
 
