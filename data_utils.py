@@ -8,6 +8,7 @@ A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (s
 classes that exclude each other a target is one number an image, -1 where nobody judged it.
 """
 
+import base64
 import contextlib
 import copy
 import csv
@@ -47,6 +48,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
+from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import GroupKFold
@@ -1469,6 +1471,7 @@ def fit_probe(
     targets: Array,
     groups: Groups = None,
     exclusive: bool = False,
+    strengths: Sequence[float] = PROBE_STRENGTHS,
     num_classes: int = 0,
 ) -> tuple[nn.Linear, pd.Series]:
     """Fit one logistic regression per label (`exclusive`: one softmax) on features (N, C).
@@ -1476,7 +1479,7 @@ def fit_probe(
     Targets are (N, L), or (N,) class numbers, of which `num_classes` says how many there are.
 
     Returns the layer, features (B, C) → logits (B, L), and the log loss of each strength on groups
-    left out in turn, by which one strength for all labels is chosen.
+    left out in turn, by which one strength for all labels is chosen. A single one is not judged.
     """
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
     by_number = np.ndim(targets) == 1
@@ -1484,10 +1487,10 @@ def fit_probe(
     about = exclusive, num_classes if by_number else y.shape[1]
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     x, losses, folds = (features - mean) / std, [], []  # no folds: the strongest penalty
-    if (n_folds := min(5, len(set(groups)))) > 1:
+    if len(strengths) > 1 and (n_folds := min(5, len(set(groups)))) > 1:
         splitter = GroupKFold(n_folds, shuffle=True, random_state=42)
         folds = list(splitter.split(x, groups=groups))
-    for strength in PROBE_STRENGTHS:
+    for strength in strengths:
         total = 0.0
         for train, held_out in folds:
             weights = _fit_logistic(x[train], y[train], strength, *about)
@@ -1496,7 +1499,7 @@ def fit_probe(
         losses.append(total / max(int((y >= 0).sum()), 1))
         if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
             break  # it only overfits more from here
-    table = pd.Series(losses, PROBE_STRENGTHS[: len(losses)], name="log loss")
+    table = pd.Series(losses, strengths[: len(losses)], name="log loss")
     weights = _fit_logistic(x, y, table.idxmin(), *about)
     layer = nn.Linear(features.shape[1], weights.shape[1])
     with torch.no_grad():
@@ -1842,8 +1845,8 @@ def start_from_probe(
         train.paths, train.targets = np.array(train.paths, object)[rows], train.targets[rows]
     x, x_val = (extract_features(model, part, *options) for part in (train, val))
     if is_linear:
-        about = train.groups, config.loss == "ce", len(train.label_columns)
-        probe, _ = fit_probe(x, train.targets, *about)
+        options = {"exclusive": config.loss == "ce", "num_classes": len(train.label_columns)}
+        probe, _ = fit_probe(x, train.targets, train.groups, **options)
         use_probe(model, probe)
         return mean_average_precision(val.targets, probe(x_val).detach().numpy())
     sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
@@ -2201,19 +2204,33 @@ class Trainer:
 
 
 def _average_precision(targets: Array, probs: Array, weights: Array) -> Array:
-    """Return sklearn's average_precision_score for each row of weights and label, (R, L)."""
+    """Return sklearn's average_precision_score for each row of weights and label, (R, L).
+
+    Weights are counts: their sums are exact in float32. A sparse product adds them up between the
+    cuts at which recall grows, without a sorted copy of (N, R).
+    """
+    counts = np.ascontiguousarray(weights.T, np.float32)  # (N, R)
     result = np.full((len(weights), targets.shape[1]), np.nan)
     for label in np.flatnonzero((targets >= 0.5).any(0)):
-        known = ~np.isnan(targets[:, label])
-        order = np.argsort(-probs[known, label], kind="stable")
-        p, y = probs[known, label][order], targets[known, label][order] >= 0.5
-        w = weights[:, known][:, order]
-        cut = np.append(p[1:] != p[:-1], True)  # equal probabilities are one cut
-        tp, predicted = (np.cumsum(counted, axis=1)[:, cut] for counted in (w * y, w))
-        gained = np.diff(tp, axis=1, prepend=0)
+        known = np.flatnonzero(~np.isnan(targets[:, label]))
+        order = known[np.argsort(-probs[known, label], kind="stable")]
+        p, y = probs[order, label], targets[order, label] >= 0.5
+        cuts = np.flatnonzero(np.append(p[1:] != p[:-1], True))  # equal probabilities are one cut
+        hits = np.cumsum(y)[cuts]
+        grown = np.diff(hits, prepend=0) > 0
+        gained = _sum_between(order[y], hits[grown], counts)  # (cuts, R)
+        predicted = _sum_between(order, cuts[grown] + 1, counts).cumsum(0, float)
+        tp = gained.cumsum(0, float)
         with np.errstate(invalid="ignore"):
-            result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(1) / tp[:, -1]
+            result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(0) / tp[-1]
     return result
+
+
+def _sum_between(order: Array, ends: Array, counts: Array) -> Array:
+    """Return the sums of `counts` (N, R) over rows `order[a:b]` between neighbouring ends."""
+    rows = order[: ends[-1]], np.append(0, ends)
+    pieces = csr_array((np.ones(ends[-1], np.float32), *rows), shape=(len(ends), len(counts)))
+    return pieces @ counts
 
 
 def mean_average_precision(targets: Array, probs: Array) -> float:
@@ -2260,7 +2277,9 @@ def _replicates(
     chunks = np.array_split(weights, max(1, weights.size // 20_000_000))
     scores = {"AP": np.vstack([_average_precision(targets, probs, chunk) for chunk in chunks])}
     cells = (true & predicted, ~true & predicted, true & ~predicted)
-    tp, fp, fn = (weights @ (known & c).astype(float) for c in cells)  # (1 + n_bootstrap, L)
+    counts = weights.astype(np.float32)  # their sums are exact, in half the time and memory
+    products = [counts @ (known & c).astype(np.float32) for c in cells]
+    tp, fp, fn = np.array(products, float)  # each (1 + n_bootstrap, L)
     wrong, judged = known & (true != predicted), known.any(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         scores |= {"precision": tp / (tp + fp), "recall": tp / (tp + fn)}
@@ -2773,6 +2792,28 @@ def _as_picture(image: Any, mean: Any, std: Any) -> np.ndarray:
     return picture if mean is None else (picture * std + mean).clip(0, 1)
 
 
+def show_predictions(part: DataPartition, probs: Array, thresholds: Any, seed: int = 42) -> None:
+    """Draw nine photos of a part; below each, of what is known, what is right, missed and wrong."""
+    shown = np.sort(np.random.default_rng(seed).permutation(len(part.paths))[:9])
+    figure = show_images([part.paths[i] for i in shown], columns=3)
+    figure.get_layout_engine().set(h_pad=0.28)  # inches: room for the lines below
+    present, reported = part.targets >= 0.5, probs >= np.asarray(thresholds)
+    kinds = [
+        ("right", present & reported, "tab:green"),
+        ("missed", present & ~reported, "chocolate"),
+    ]
+    kinds += [("wrong", (part.targets < 0.5) & reported, "tab:red")]
+    place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+    for i, axis in zip(shown, figure.axes):
+        below = 3  # points
+        for word, cells, color in kinds:
+            if cells[i].any():
+                names = ", ".join(itertools.compress(part.label_columns, cells[i]))
+                text = textwrap.fill(f"{word}: {names}", 39)
+                axis.annotate(text, (0, 0), (0, -below), color=color, fontsize=8, **place)
+                below += 11 * (text.count("\n") + 1)
+
+
 def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> np.ndarray:
     """Return a photo (H, W, 3) under a heat map from 0 to 1; `opacity` is that of a 1."""
     photo = open_image(image, (384, 384))
@@ -2861,3 +2902,110 @@ def plot_label_maps(
             titles.append(f"{name}\n{label} ({answers[f'{label}_prob'][i]:.2f})")
     bar = "strongest cell of each map = 1"
     return show_images(pictures, titles, columns=len(examples), width=1.9, bar=bar)
+
+
+# ---------------------------------------------------------------- report
+
+_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width"><style>
+body {font: 15px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em}
+div {overflow-x: auto} table {border-collapse: collapse; font-size: 13px} img {max-width: 100%}
+th, td {border-bottom: 1px solid #ddd; padding: 2px 9px} tbody th {text-align: left}
+</style></head><body><h1>{{ title }}</h1>{% for heading, items in sections.items() %}
+<h2>{{ heading }}</h2>{% for item in items %}{% if item is string %}<p>{{ item }}</p>
+{% else %}<div>{{ draw(item)|safe }}</div>{% endif %}{% endfor %}{% endfor %}</body></html>"""
+
+
+def _to_html(item: pd.DataFrame | plt.Figure) -> str:
+    """Return a table (its texts escaped) or a figure, which is closed, as HTML on its own."""
+    if isinstance(item, pd.DataFrame):
+        return item.to_html(na_rep="–", border=0, float_format="{:.3f}".format)
+    item.savefig(file := io.BytesIO(), format="jpeg", dpi=110)
+    plt.close(item)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def _report_data(parts: dict[str, pd.DataFrame], labels: list[str]) -> list:
+    rows = pd.concat(parts, names=["part"]).reset_index("part")
+    rows["panorama"] = rows["image_path"].map(panorama_name)
+    counts = rows.groupby("part", sort=False)[["image_path", "group_id", "panorama"]].nunique()
+    counts.columns = ["photos", "groups", "panoramas"]
+    cells = [("present", lambda y: y >= 0.5), ("absent", lambda y: y < 0.5), ("unknown", pd.isna)]
+    found = {(part, k): f(parts[part][labels]).sum() for part in parts for k, f in cells}
+    sizes = rows["image_path"].map(os.path.getsize)
+    alike = rows[sizes.duplicated(keep=False)]  # only files of one size can be equal
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in alike["image_path"]]
+    twice = [alike.groupby(digests), rows.groupby("panorama")]
+    twice = "{} equal files, {} panoramas".format(*(g["part"].nunique().gt(1).sum() for g in twice))
+    source = f"Photos below {os.path.commonpath([*rows['image_path']])}. In two parts: 0 groups,"
+    said = f"{source} {twice}; near-duplicates are counted in partitioning.ipynb."
+    return [said, counts, pd.DataFrame(found)]
+
+
+def _report_training(config: TrainConfig, history: pd.DataFrame, about: dict[str, Any]) -> list:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    time = f"{history['epoch'].max():.0f} epochs in {history['seconds'].sum() / 60:.1f} minutes"
+    said = f"{time}, seed {config.seed}. Python {sys.version.split()[0]}, {versions}."
+    settings = {o.name: [str(getattr(config, o.name)), o.metadata["help"]] for o in fields(config)}
+    table = pd.DataFrame.from_dict(settings, "index", columns=["value", "what it does"])
+    return [said, plot_history(history), table]
+
+
+def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> list:
+    answers = part.targets, probs
+    table = score_labels(*answers, part.label_columns, cut, part.groups, seed=seed)
+    few = ", ".join(table.index[table["note"] != ""]) or "no label"
+    groups = pd.Series(part.groups, dtype=str)
+    sites = {}
+    for site, rows in groups.groupby(groups.str.split("/").str[0], sort=False).indices.items():
+        scores = summarize_scores(*(x[rows] for x in answers), cut, n_bootstrap=0)["value"]
+        sites[site] = pd.Series({"photos": len(rows)} | scores.to_dict())
+    said = f"Intervals of 95 % by a bootstrap of whole groups. Too few to judge: {few}."
+    overall = summarize_scores(*answers, cut, part.groups, seed=seed)
+    by_site = pd.DataFrame(sites).T.astype({"photos": int})
+    return [said, overall, table.drop(columns="note"), "Site by site:", by_site]
+
+
+def _report_mistakes(
+    used: Classifier, part: DataPartition, probs: Array, reported: Array, most: int
+) -> list:
+    true = part.targets >= 0.5
+    error = np.where(~np.isnan(part.targets) & (true != reported), np.abs(probs - true), 0)
+    worst = np.argsort(-error, axis=None, kind="stable")[: min(most, np.count_nonzero(error))]
+    pictures, titles = [], []
+    for i, j in zip(*np.unravel_index(worst, error.shape)):
+        path, label = part.paths[i], part.label_columns[j]
+        pictures += [path, overlay_heat_map(path, used.explain(path, label))]
+        word = "missed" if true[i, j] else "wrongly reported"
+        titles += [f"{label}: {word}\nprobability {probs[i, j]:.2f}", Path(path).stem]
+    drawn = [show_images(pictures, titles, columns=4, width=2.4)] if pictures else []
+    return ["Each photo, and beside it where the model looks for that label.", *drawn]
+
+
+def write_report(run_dir: str | os.PathLike, most: int = 8) -> Path:
+    """Write RUN_DIR/report.html, one page that needs no other file: data, training, test, mistakes.
+
+    All is read from the run's files and its partitions; the `most` surest mistakes are shown.
+    """
+    import jinja2
+
+    run, path = Path(run_dir), Path(run_dir) / "report.html"
+    config = TrainConfig.read(run / "config.json")
+    parts, labels = load_parts(config.partition_dir)
+    used, part = Classifier.load(run / "best_classifier.json", labels), parts["test"]
+    history = pd.read_csv(_need_file(run / "history.csv", "run training.ipynb to make it"))
+    part = DataPartition(part, labels)
+    table = used.predict(part.paths, config.batch_size, config.num_workers)
+    probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
+    sections = {
+        "Data": _report_data(parts, labels),
+        "Training": _report_training(config, history, used.description),
+        "Scores on the test part": _report_scores(part, probs, used.thresholds, config.seed),
+        "The surest mistakes": _report_mistakes(used, part, probs, reported.to_numpy(), most),
+    }
+    title = f"{run.name}: {config.model_name}, {used.model.spec['head']} head"
+    page = jinja2.Template(_PAGE, autoescape=True)
+    text = page.render(title=title, sections=sections, draw=_to_html)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path

@@ -486,7 +486,7 @@ def test_settings_are_saved_beside_the_results(sets, tmp_path):
     trainer(sets, tmp_path, epochs=1, learning_rate=0.003).fit()
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["learning_rate"] == 0.003
-    assert du.TrainConfig(**saved) == config(epochs=1, learning_rate=0.003)
+    assert du.TrainConfig(**saved) == config(epochs=1, learning_rate=0.003, loss="bce")
 
 
 def test_fit_starts_afresh_in_a_folder_that_was_used_before(sets, tmp_path):
