@@ -13,8 +13,11 @@ import contextlib
 import copy
 import csv
 import difflib
+import errno
 import functools
+import glob
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -29,7 +32,9 @@ import textwrap
 import time
 import unicodedata
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -42,10 +47,16 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    broadcast,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from scipy.sparse import csr_array
@@ -63,16 +74,18 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+pd.options.mode.string_storage = "python"  # pyarrow's refuses file names that are no UTF-8
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 CLASS = "class"  # the one column of classes that exclude each other; "classes.txt" has their order
 VIEWS = ("half", "panorama")
 PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
+PRECISIONS = ("auto", "no", "bf16", "fp16", "measure")
 FORMAT_VERSION = 3  # 1 knew no "activation", 2 had its weights in a pickle
 WEIGHTS = "model.safetensors"
 Array = np.ndarray
@@ -90,16 +103,68 @@ _HALF = re.compile(r"_(left|right)$")
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place only if all went well."""
+def replacing(path: str | os.PathLike, by_all: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place only if all went well.
+
+    Of the processes of `accelerate launch` only the first does it, unless each has files of its
+    own. A full disk, a vanished or read-only folder raise an OSError that names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        try:
+            yield temporary
+            if by_all or _is_main():
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # as set by accelerate launch and torchrun
+
+
+def _this_process() -> PartialState:
+    """Return its number among those of `accelerate launch`, and set its GPU."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+@functools.cache
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes left half written, an hour ago or more, once a process."""
+    for file in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTDIR)
+_CUT_OFF = "requested and|file write failed|[Nn]o space|I/O error|Parent directory"  # have no errno
+
+
+class _CannotWrite(OSError):
+    def __init__(self, path: Path, reason: str, how: str) -> None:
+        fix = f"free some space or take another folder; {how}"
+        super().__init__(f"{path}: cannot be written ({reason}); {fix}.")
+        self.strerror = reason
+
+
+@contextlib.contextmanager
+def _writing(path: Path, how: str = "what stood there is unchanged, run this again") -> Iterator:
+    """Turn what a disk refuses into one sentence; `how` says how to go on with room for it."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        name = Path(str(getattr(error, "filename", None) or os.devnull))
+        ours = path.is_relative_to(name) or name.is_relative_to(path)  # its folder, or in it
+        ours |= name.name.startswith(f".{path.name}.") or getattr(error, "errno", None) in _NO_ROOM
+        ours |= isinstance(error, _CannotWrite)
+        if not ours and not re.search(_CUT_OFF, str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise _CannotWrite(path, reason, how) from None
 
 
 def _write_json(path: str | os.PathLike, content: Any) -> None:
@@ -168,23 +233,36 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 
     Links to folders are followed, each folder once and by its own path if it has one in `folder`.
     """
+    return list(iterate_images(folder))
+
+
+def iterate_images(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield what `list_images` returns, keeping the names of one folder at a time."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     unwanted = {"@eadir", "$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot"}
     unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
-    found, seen, starts = [], set(), [folder]
+    wanted, seen, starts = set(), set(), [folder]
     for start in starts:  # links are put at its end, so that real folders come first
         if start != folder and folder.resolve().is_relative_to(start.resolve()):
             continue  # a link back to where we come from
-        for here, folders, files in ((Path(h), d, f) for h, d, f in os.walk(start)):
+        for here, folders in ((Path(h), d) for h, d, _ in os.walk(start)):
             shown = [n for n in folders if n[0] != "." and n.lower() not in unwanted]
             folders[:] = [] if here.resolve() in seen else shown
             if here.resolve() not in seen:
                 seen.add(here.resolve())
                 starts += sorted(here / name for name in shown if (here / name).is_symlink())
-                found += [here / name for name in files if name[0] != "."]
-    return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+                wanted.add(here)
+    yield from _images_in(folder, wanted)
+
+
+def _images_in(folder: Path, wanted: set[Path]) -> Iterator[Path]:
+    for name in sorted(os.listdir(folder), key=os.path.normcase):
+        if (path := folder / name) in wanted:
+            yield from _images_in(path, wanted)
+        elif name[0] != "." and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            yield path
 
 
 # ---------------------------------------------------------------- labels
@@ -560,10 +638,16 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
         df = df.assign(**{CLASS: df[CLASS].mask(df[CLASS] == "")}).reset_index(drop=True)
     else:
         df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
-    raw = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
-    names = [raw.sub(lambda b: chr(0xDC00 + int(b[1], 16)), name) for name in df["image_path"]]
-    paths = [os.path.normpath(os.path.join(path.parent, name)) for name in names]
-    return df.assign(image_path=[p.replace(os.sep, "/") for p in paths]), labels
+    return df.assign(image_path=[_seen_from_here(path, name) for name in df["image_path"]]), labels
+
+
+_RAW = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
+
+
+def _seen_from_here(table: Path, name: str) -> str:
+    """Return where a file is that a table names, seen from the table's folder."""
+    name = _RAW.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
+    return os.path.normpath(os.path.join(table.parent, name)).replace(os.sep, "/")
 
 
 def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
@@ -773,7 +857,8 @@ class DataPartition(Dataset):
     Paths and groups are kept as bytes, which worker processes share, and decoded at each look at
     `paths` and `groups`: take these once, not in a loop. JPEGs are decoded no larger than the
     resizing step of `transform` (PIL image → tensor) needs; `cache_dir` keeps the decoded, shrunk
-    copies, so that no photo is decoded twice.
+    copies, so that no photo is decoded twice: `cache_gb` of them, the oldest go. Several processes
+    may share it, and pass its bound by a fiftieth each.
     """
 
     def __init__(
@@ -782,6 +867,7 @@ class DataPartition(Dataset):
         label_columns: Sequence[str],
         transform: Callable | None = None,
         cache_dir: str | os.PathLike | None = None,
+        cache_gb: float = 50.0,
     ) -> None:
         self.label_columns, self.transform = list(label_columns), transform
         self.exclusive = CLASS in df
@@ -793,6 +879,7 @@ class DataPartition(Dataset):
         targets = read_targets(df, self.label_columns)  # (N,) or (N, L)
         self.targets = targets if self.exclusive else targets.astype(np.float32)
         self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.cache_gb, self._room = cache_gb, 0.0  # GB that may be written before the next look
 
     @property
     def paths(self) -> list[str]:
@@ -822,6 +909,13 @@ class DataPartition(Dataset):
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.targets[index])
 
+    def rows(self, rows: slice) -> "DataPartition":
+        """Return a part of it, small to send to another machine."""
+        part = copy.copy(self)
+        for name in ("_paths", "_groups", "targets"):
+            setattr(part, name, getattr(self, name)[rows])
+        return part
+
     def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
         stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else None
         key = hashlib.sha1(os.fsencode(f"{os.path.abspath(path)}|{stamp}|{size}")).hexdigest()
@@ -831,8 +925,12 @@ class DataPartition(Dataset):
         image = open_image(path, size)
         if image.height > size[0] and image.width > size[1]:
             image = ImageOps.cover(image, size[::-1])
-        with replacing(copy) as temporary, open(temporary, "wb") as file:
+        with replacing(copy, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
+        self._room -= 3e-9 * image.height * image.width
+        if self._room < 0:
+            used = trim_cache(self.cache_dir, self.cache_gb)
+            self._room = min(self.cache_gb - used, self.cache_gb / 50)
         return image
 
 
@@ -858,6 +956,23 @@ def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
         return found if found.dtype == dtype and found.ndim == ndim else None
     except Exception:  # numpy raises errors of many types at a file that is cut off or garbage
         return None
+
+
+def trim_cache(folder: str | os.PathLike, most_gb: float = np.inf) -> float:
+    """Return the GB of what is kept in `folder`; of more than `most_gb`, the oldest tenth goes."""
+    kept, ours = [], re.compile(r"[0-9a-f]{32,40}\.npy")  # what else lies there is left alone
+    for path in filter(lambda path: ours.fullmatch(path.name), Path(folder).rglob("*.npy")):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it first
+            kept.append((path.stat().st_mtime_ns, path.stat().st_size / 1e9, path))
+    total = sum(size for _, size, _ in kept)
+    if total > most_gb:
+        for _, size, path in sorted(kept):
+            with contextlib.suppress(OSError):  # Windows: somebody reads it
+                path.unlink()
+            total -= size
+            if total <= 0.9 * most_gb:
+                break
+    return total
 
 
 class FeatureSet(TensorDataset):
@@ -896,6 +1011,25 @@ def make_loader(
         n = len(dataset) - (1 < batch_size < len(dataset) and len(dataset) % batch_size == 1)
         options["sampler"] = RandomSampler(dataset, num_samples=n, generator=generator)
     return DataLoader(dataset, batch_size, pin_memory=torch.cuda.is_available(), **options)
+
+
+def read_ahead(dataset: Dataset, batch_size: int) -> Iterator[Any]:
+    """Yield batches in order; threads on all cores read the next two while one is being used.
+
+    Decoding lets other threads run, so that nothing is copied between processes as in `DataLoader`.
+    """
+    own = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of a process
+    waiting, pool = deque(), ThreadPoolExecutor(max(own, 1))
+    try:
+        for index in range(len(dataset)):
+            waiting.append(pool.submit(dataset.__getitem__, index))
+            if len(waiting) == 3 * batch_size:
+                yield default_collate([waiting.popleft().result() for _ in range(batch_size)])
+        while waiting:
+            rest = range(min(batch_size, len(waiting)))
+            yield default_collate([waiting.popleft().result() for _ in rest])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _seed_by_rank(worker: int) -> None:
@@ -1390,12 +1524,20 @@ def extract_features(
     num_workers: int = 0,
     pooled: bool = False,
     cache_dir: str | os.PathLike | None = None,
+    n_jobs: int = 1,
+    chunk: int = 1000,
 ) -> torch.Tensor:
     """Return the feature map of every image, (N, C, h, w); a head learns from it in seconds.
 
     `pooled` is what the last layer of a linear head sees, (N, C). `cache_dir` keeps them for the
-    same photos (name, size, time), weights and preparation.
+    same photos (name, size, time), weights and preparation. With `n_jobs` other than 1, joblib's
+    backend, e.g. dask, takes them by the `chunk`, each with a file of its own in `cache_dir`.
     """
+    if n_jobs != 1:
+        options = batch_size, num_workers, pooled, cache_dir
+        pieces = [dataset.rows(slice(i, i + chunk)) for i in range(0, len(dataset), chunk)]
+        jobs = (joblib.delayed(extract_features)(model, piece, *options) for piece in pieces)
+        return torch.cat(joblib.Parallel(n_jobs)(jobs))
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
     cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
@@ -1416,8 +1558,9 @@ def extract_features(
             found.append(features.float().cpu())
     features = torch.cat(found)
     if cached:
-        with replacing(cached) as temporary, open(temporary, "wb") as file:
+        with replacing(cached, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, features.contiguous().numpy(), allow_pickle=False)
+        trim_cache(cache_dir, dataset.cache_gb)
     return features
 
 
@@ -1535,21 +1678,55 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
 
 
 def _fastest_device() -> str:
+    if "LOCAL_RANK" in os.environ:  # `accelerate launch`: "cuda" becomes the GPU of this process
+        return _this_process().device.type
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return next((name for name, is_there in found.items() if is_there), "cpu")
 
 
 def fast_precision(model: nn.Module, device: str | None = None) -> str:
-    """Return accelerate's name of the precision in which a device trains `model` fastest."""
+    """Return accelerate's name of the precision in which a device trains `model` fastest.
+
+    A rule of thumb, alike on all machines of a kind; `time_steps` measures.
+    """
     device = device or _fastest_device()
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
+    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
+    return "no" if slower and device == "cpu" else _half_precision(device)
+
+
+def _half_precision(device: str) -> str:
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cpu = torch.cpu.get_capabilities()
     units = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
-    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
-    return "bf16" if units and device == "cpu" and not slower else "no"
+    return "bf16" if units and device == "cpu" else "no"
+
+
+def time_steps(
+    model: nn.Module, images: torch.Tensor, layouts: Sequence[bool] = (False, True)
+) -> dict[tuple[str, bool], float]:
+    """Return the seconds of a training step by (precision, channels_last), the fastest first.
+
+    All of it takes a second or two, and spoils gradients and running statistics.
+    """
+    seconds = {}
+    for precision in dict.fromkeys(("no", _half_precision(images.device.type))):
+        for is_last in layouts:
+            layout, taken = torch.channels_last if is_last else torch.contiguous_format, []
+            network, batch = model.to(memory_format=layout), images.contiguous(memory_format=layout)
+            dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+            while len(taken) < 2 or (len(taken) < 5 and sum(taken) < 1):
+                start = time.perf_counter()
+                with torch.autocast(images.device.type, dtype, enabled=precision != "no"):
+                    loss = network.train()(batch).float().square().mean()
+                loss.backward()
+                grads = [p.grad for p in network.parameters() if p.grad is not None]
+                grads[0].sum().item()  # waits for a GPU, whose first layer is the last to be done
+                taken.append(time.perf_counter() - start)
+            seconds[precision, is_last] = min(taken)
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
 class MaskedLoss(nn.Module):
@@ -1642,16 +1819,17 @@ def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        problem = f"{path}: cannot be read ({type(error).__name__})"
-        raise ValueError(f"{problem}; call fit() to start again.") from None
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}); {fix}.") from None
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path, wanted: bool) -> Iterator[None]:
+def _alone_in(
+    folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
+) -> Iterator[None]:
     """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
     with contextlib.ExitStack() as held:
         try:
@@ -1659,8 +1837,8 @@ def _alone_in(folder: Path, wanted: bool) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(folder / ".lock", timeout=0))
         except Timeout:
-            fix = "let it end or stop it first, or give this one another RUN_DIR"
-            raise RuntimeError(f"{folder}: another training runs in this folder; {fix}.") from None
+            fix = f"let it end or stop it first, or give this one another {other}"
+            raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
         yield
 
 
@@ -1674,6 +1852,7 @@ PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size"
 PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
 PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
 PRETRAINED_RECIPE |= {"batch_norm": "frozen", "start": "probe", "flip_test": True}
+PRETRAINED_RECIPE |= {"precision": "measure"}
 PRETRAINED_RECIPE |= {"patience": 40}  # to the end: the best epochs are the last, at a low rate
 SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16}
 SCRATCH_RECIPE |= {"learning_rate": 1e-3, "weight_decay": 0.2, "warmup_epochs": 3}
@@ -1751,11 +1930,12 @@ class TrainConfig:
     pretrained: bool | str = _option(False, "True (hub), or the path of a state dict")
     img_width: int = _option(0, "pixels; the height is the same, or half (panorama)", _FROM_0)
     cache_dir: str | None = _option(None, "folder that keeps shrunk photos, and features")
+    cache_gb: float = _option(50.0, "most that cache_dir holds; the oldest go", _ABOVE_0)
     patience: int = _option(10, "ends after so many epochs without a better one", _FROM_1)
     seed: int = _option(42, "where all random numbers start")
     num_workers: int = _option(0, "processes that read photos; 0: none beside this", _FROM_0)
-    precision: str = _option("auto", "auto: the fastest", ("auto", "no", "bf16", "fp16"))
-    channels_last: bool | None = _option(None, "None: where the network gains by it")
+    precision: str = _option("auto", "auto: by a rule; measure: the fastest here", PRECISIONS)
+    channels_last: bool | None = _option(None, "None: where the network gains, or measured, too")
     compile: bool = _option(False, "torch.compile: pays in long trainings")
 
     def __post_init__(self) -> None:
@@ -1801,6 +1981,7 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
+_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "labels"}
 TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 
@@ -1822,7 +2003,7 @@ def build_run(
     about = len(labels), head or config.head, config.pretrained, config.img_size, rates
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     model = build_model(config.model_name, *about, **options)
-    about = labels, make_transforms(model, False, config.view), config.cache_dir
+    about = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
     tables = parts | {"plain": parts["train"]}
     sets = {name: DataPartition(table, *about) for name, table in tables.items()}
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
@@ -1917,7 +2098,10 @@ class Trainer:
         spec = getattr(model, "spec", {}).items()
         own = {key: value for key, value in spec if key in ("head", "head_kwargs")}
         own["loss"] = _fitting_loss(config.loss, train_set.exclusive)
-        self.config = config = replace(config, labels=list(train_set.label_columns), **own)
+        config = replace(config, labels=list(train_set.label_columns), **own)
+        if config.precision == "measure":
+            config = self._measured(config, model, train_set)
+        self.config = config
         precision = fast_precision(model) if config.precision == "auto" else config.precision
         AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
         GradientState._reset_state()  # train more than once
@@ -1931,6 +2115,25 @@ class Trainer:
         self.epoch, self.step, self.history, self.stopped = 0, 0, [], False
         found = {"processes": self.accelerator.num_processes, "precision": precision}
         self.circumstances = found | {"images": len(train_set), "labels": config.labels}
+
+    def _measured(self, config: TrainConfig, model: nn.Module, photos: Dataset) -> TrainConfig:
+        """Put the fastest precision and layout into `config`; a resumed run keeps what it had."""
+        names, last = ("precision", "channels_last"), self.run_dir / "last" / "trainer.json"
+        saved = _read_state(self.run_dir / "config.json") if last.is_file() else {}
+        if all(saved.get(k) == v for k, v in asdict(config).items() if k not in {*names, *_FREE}):
+            return replace(config, **{name: saved[name] for name in names})
+        state, trial = PartialState(), copy.deepcopy(model)
+        if config.grad_checkpointing:
+            getattr(trial, "backbone", trial).set_grad_checkpointing()
+        n, wanted = min(8, max(2, config.batch_size)), config.channels_last
+        layouts = (False, True) if gains_by_channels_last(model) else (False,)
+        images = torch.stack([photos[i % len(photos)][0] for i in range(n)]).to(state.device)
+        layouts = layouts if wanted is None else (wanted,)
+        rates = {c: n / s for c, s in time_steps(trial.to(state.device), images, layouts).items()}
+        shown = ", ".join(f"{p}{' channels_last' * c} {r:.1f}" for (p, c), r in rates.items())
+        state.print(f"photos/s measured, the first is taken: {shown}")
+        best = broadcast_object_list([next(iter(rates))])[0]  # all processes as the first one
+        return replace(config, **dict(zip(names, best)))
 
     def prepare_loss(self, train_set: DataPartition) -> None:
         """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
@@ -1999,9 +2202,12 @@ class Trainer:
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Go on from last/ and return the whole history; settings and data must be the same."""
         with _alone_in(self.run_dir, self.accelerator.is_main_process):
-            places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
-            last = next((p for p in places if (p / "trainer.json").is_file()), None)
-            if last is None:
+            last, newer = self.run_dir / "last", self.run_dir / "last.tmp"
+            if (newer / "trainer.json").is_file() and self.accelerator.is_main_process:
+                _remove_resume_point(last)  # killed before this: the only copy gets its own name,
+                os.replace(newer, last)  # or the next one would be written over it
+            self.accelerator.wait_for_everyone()
+            if not (last / "trainer.json").is_file():
                 raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
             config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
             self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
@@ -2015,8 +2221,7 @@ class Trainer:
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
-        free = {"patience", "num_workers", "compile", "cache_dir", "flip_test", "labels"}
-        changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in free]
+        changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in _FREE]
         if changed:
             raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
         for what, now in self.circumstances.items():
@@ -2099,12 +2304,13 @@ class Trainer:
         row |= {"train_loss": train_loss} | self.validate() | {"seconds": seconds}
         row["images_per_second"] = len(self.loader.dataset) / seconds if epoch else 0.0
         best = np.nanmax([-np.inf, *map(self._score, self.history)])
-        if self._score(row) > best and self.accelerator.is_main_process:
-            model = self.ema.module if row.get("weights") == "ema" else self.plain
-            _save_weights(model, self.best_path)
-        self.epoch = epoch
-        self.history.append(row)
-        self._save_last()
+        with _writing(self.run_dir, "Trainer.resume() goes on from the last finished epoch"):
+            if self._score(row) > best and self.accelerator.is_main_process:
+                model = self.ema.module if row.get("weights") == "ema" else self.plain
+                _save_weights(model, self.best_path)
+            self.epoch = epoch
+            self.history.append(row)
+            self._save_last()
 
     def validate(self) -> dict[str, Any]:
         """Return `metric` and whatever else history shall hold; of the better weights with EMA."""
@@ -2186,7 +2392,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             _remove_resume_point(temporary)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
+        try:
+            self.accelerator.save_state(str(temporary))
+        except BaseException:  # a full disk: what is half written takes its last bytes
+            _remove_resume_point(temporary)
+            raise
         self.accelerator.wait_for_everyone()  # every process has its random state in there
         if self.accelerator.is_main_process:
             if self.ema is not None:
@@ -2546,9 +2756,11 @@ class Classifier:
         for name in ("thresholds", "panorama_thresholds"):
             content[name] = getattr(self, name).tolist()
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
-        with _alone_in(path.parent, (path.parent / ".lock").exists()):  # where somebody trained
+        trained_in = _is_main() and (path.parent / ".lock").exists()  # by somebody who still may
+        with _alone_in(path.parent, trained_in):
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
             _write_json(path, content | {"validation": metrics or {}, "versions": versions})
+        _this_process().wait_for_everyone()
         return path
 
     @classmethod
@@ -2623,24 +2835,95 @@ class Classifier:
         `unreadable="skip"` leaves files out, see `.attrs["unreadable"]` of the table; `flip` looks
         at the mirror images, too, in twice the time (None: as it was saved).
         """
+        items = _as_items(images)
+        with tqdm(total=len(items), desc="classifying", leave=False, delay=2) as bar:
+            return self._answer(items, bar, batch_size, num_workers, unreadable, flip, panorama)[0]
+
+    def _answer(
+        self,
+        items,
+        bar,
+        batch_size=32,
+        num_workers=0,
+        unreadable="raise",
+        flip=None,
+        panorama=False,
+    ):
         _check_choice("unreadable", unreadable, ("raise", "skip"))
         flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
-        views = _Views(_as_items(images), self.transform, panorama, halves)
+        views, busy = _Views(items, self.transform, panorama, halves), 0.0
         loader = make_loader(views, batch_size, num_workers=num_workers)
-        probs, names, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
+        loader = loader if num_workers else read_ahead(views, batch_size)
+        probs, names, failed = [np.empty((0, 1 + halves, len(self.labels)))], [], []
         with torch.inference_mode(), _autocast(self.model, self.device):
-            for batch, found, problems in tqdm(loader, "classifying", leave=False, delay=2):
-                errors += filter(None, problems)
-                if errors and unreadable == "raise":
-                    raise OSError(errors[0])
-                good = [not problem for problem in problems]
+            for batch, found, problems in loader:
+                failed += [(name, problem) for name, problem in zip(found, problems) if problem]
+                if failed and unreadable == "raise":
+                    raise OSError(failed[0][1])
+                start, good = time.perf_counter(), [not problem for problem in problems]
                 logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip)
                 answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                busy += time.perf_counter() - start
                 probs.append(answers[good])
                 names += itertools.compress(found, good)
+                bar.update(len(found))
         table = self._table(names, np.concatenate(probs), panorama)
-        table.attrs["unreadable"] = errors
-        return table
+        table.attrs |= {"unreadable": [problem for _, problem in failed], "busy": busy}
+        return table, failed
+
+    def predict_to(
+        self,
+        images: Any,
+        path: str | os.PathLike,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        unreadable: str = "skip",
+        chunk: int = 1000,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Write what `predict` returns for any number of photos to a .csv or .parquet, in order.
+
+        They are a folder, a glob, a CSV with a column image_path, or a list of paths. PATH.parts/
+        keeps their list and every `chunk` that is done: stopped or killed, the same call goes on
+        from there. The processes of `accelerate launch` share the work. What cannot be read stands
+        in failed.csv, with the reason. Returns counts, and the share of time that the model waited.
+        """
+        path, state, start, busy, n = Path(path), _this_process(), time.perf_counter(), 0.0, 0
+        _check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
+        parts, main = path.with_name(f"{path.name}.parts"), state.is_main_process
+        if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+            raise ImportError(f"{path}: pip install pyarrow first, or take the suffix .csv.")
+        is_one = isinstance(images, (str, os.PathLike))
+        images = os.fspath(images) if is_one else [os.fspath(photo) for photo in images]
+        run = {"images": images if is_one else joblib.hash(images)}
+        run |= {"chunk": chunk, "classifier": self._fingerprint(), **options}
+        with _alone_in(parts, main, "classification", "file"), _going_on(parts):
+            if main:
+                _begin(parts, images, run)
+            state.wait_for_everyone()
+            n_photos = _read_state(parts / "plan.json", f"delete {parts} to begin again")["photos"]
+            done = {int(file.stem) for file in parts.glob(f"{'[0-9]' * 8}.csv")}
+            todo = sorted(set(range(-(-n_photos // chunk))) - done)
+            [todo] = broadcast_object_list([todo])  # of the first process: all see the same
+            mine = set(todo[state.process_index :: state.num_processes])
+            shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
+            with tqdm(**shown, unit=" photos", disable=not main or None) as bar:
+                for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
+                    found = self._answer(paths, bar, batch_size, num_workers, unreadable, **options)
+                    _write_chunk(parts, number, *found)
+                    busy, n = busy + found[0].attrs["busy"], n + len(paths)
+            state.wait_for_everyone()
+            if main:
+                panorama = options.get("panorama", False)
+                views = 1 + (panorama and self.view == "half")
+                example = self._table(["a"], np.zeros((1, views, len(self.labels))), panorama)
+                _join(parts, path, example)
+            state.wait_for_everyone()
+        if main:
+            (parts / "plan.json").unlink()  # first: what is left then is never taken for a run
+            shutil.rmtree(parts, ignore_errors=True)
+        seconds = time.perf_counter() - start
+        return {"photos": n, "photos_per_second": n / seconds, "waited": 1 - busy / seconds}
 
     def predict_panorama(
         self, images: Any, batch_size: int = 16, *options: Any, **named: Any
@@ -2667,6 +2950,11 @@ class Classifier:
             table.insert(1, "part", parts * len(names))
         return table.join(pd.DataFrame(rows, columns=[f"{name}_prob" for name in self.labels]))
 
+    def _fingerprint(self) -> str:
+        """Return what changes with weights, labels, thresholds and whatever else decides."""
+        weights = {k: v.float().cpu().numpy() for k, v in self.model.state_dict().items()}
+        return joblib.hash([weights, *(getattr(self, option.name) for option in fields(self)[1:])])
+
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
 
@@ -2686,6 +2974,114 @@ class Classifier:
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
         return np.concatenate(list(maps * strength[:, None, None]), axis=1)
+
+
+@contextlib.contextmanager
+def _going_on(parts: Path) -> Iterator[None]:
+    how = "the same call goes on from there"
+    try:
+        with _writing(parts, how):
+            yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{parts} keeps what is done; {how}") from None
+
+
+def _each_path(images: str | list[str]) -> Iterator[str]:
+    """Yield the paths of a folder, a CSV, a glob or a list, in its order."""
+    if not isinstance(images, str):
+        yield from images
+    elif os.path.isdir(images):
+        yield from map(str, iterate_images(images))
+    elif os.path.isfile(images):
+        yield from _read_paths(Path(images)) if images.lower().endswith(".csv") else [images]
+    elif glob.has_magic(images):
+        found = sorted(glob.iglob(images, recursive=True))
+        yield from (p for p in found if Path(p).suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        raise FileNotFoundError(f"{images}: no such folder, CSV or photo.")
+
+
+def _read_paths(table: Path) -> Iterator[str]:
+    with open(table, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        try:
+            if "image_path" not in (rows.fieldnames or ()):
+                raise _bad_line(table, 1, "expected a column image_path")
+            for row in rows:
+                if not row["image_path"]:
+                    raise _bad_line(table, rows.line_num, "no image_path")
+                yield _seen_from_here(table, row["image_path"])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{table}: no CSV of UTF-8 text ({error}).") from None
+
+
+def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
+    """List the photos, or check that what was begun is to go on."""
+    plan, fix = parts / "plan.json", f"delete {parts} to begin again"
+    if not plan.is_file():
+        for old in parts.glob("*.csv"):
+            old.unlink()
+        with replacing(parts / "paths.jsonl") as temporary, open(temporary, "w") as file:
+            n_photos = sum(file.write(json.dumps(photo) + "\n") > 0 for photo in _each_path(images))
+        if not n_photos:
+            raise FileNotFoundError(f"{images}: no image in it.")
+        _write_json(plan, run | {"photos": n_photos})
+    before = _read_state(plan, fix)
+    changed = [key for key, value in run.items() if before.get(key) != value]
+    if changed:
+        problem = f"{parts}: begun with another {_some(changed)}"
+        raise ValueError(f"{problem}; restore it to go on, or {fix}.")
+
+
+def _read_chunks(path: Path, size: int, wanted: set[int]) -> Iterator[tuple[int, list[str]]]:
+    with open(path, encoding="utf-8") as lines:
+        for number in itertools.count():
+            if not (some := list(itertools.islice(lines, size))):
+                return
+            if number in wanted:
+                yield number, [json.loads(line) for line in some]
+
+
+def _write_chunk(parts: Path, number: int, table: pd.DataFrame, failed: list) -> None:
+    """Write the failed ones first: with the other file a chunk is done."""
+    tables = {"failed.csv": pd.DataFrame(failed, columns=["image", "reason"]), "csv": table}
+    for suffix, rows in tables.items():
+        with replacing(parts / f"{number:08}.{suffix}", by_all=True) as temporary:
+            rows.to_csv(temporary, index=False, header=False, errors="backslashreplace")
+
+
+def _join(parts: Path, path: Path, example: pd.DataFrame) -> None:
+    """Put the chunks together under the columns of `example`; the failed ones first."""
+    before = path.stem.removesuffix("predictions").rstrip("_")
+    failed = path.with_name(f"{before}_failed.csv" if before else "failed.csv")
+    reasons = pd.DataFrame(columns=["image", "reason"])
+    for suffix, target, rows in (("failed.csv", failed, reasons), ("csv", path, example)):
+        chunks = sorted(parts.glob(f"{'[0-9]' * 8}.{suffix}"))
+        write = _join_parquet if target.suffix == ".parquet" else _join_csv
+        with replacing(target) as temporary:
+            write(chunks, temporary, rows)
+
+
+def _join_csv(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
+    with open(target, "wb") as file:
+        header = example.iloc[:0].to_csv(index=False)
+        file.write(header.encode("utf-8", "backslashreplace"))
+        for chunk in chunks:
+            with open(chunk, "rb") as rows:
+                shutil.copyfileobj(rows, file)
+
+
+def _join_parquet(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    schema = pyarrow.Schema.from_pandas(example, preserve_index=False).remove_metadata()
+    names = csv.ReadOptions(column_names=schema.names)
+    cells = csv.ParseOptions(newlines_in_values=True)
+    types = csv.ConvertOptions(column_types=schema)
+    with parquet.ParquetWriter(target, schema) as writer:
+        for chunk in filter(lambda chunk: chunk.stat().st_size, chunks):
+            writer.write_table(csv.read_csv(chunk, names, cells, types))
 
 
 def _as_items(images: Any) -> list[Any]:
