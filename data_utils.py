@@ -2201,7 +2201,7 @@ class Trainer:
                 raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
     def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
-        """Return probabilities (N, L); weights="ema" is the moving average, flip adds mirror images."""
+        """Return probabilities (N, L); weights="ema": the moving average; flip: both ways round."""
         return _to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
 
     def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
