@@ -511,11 +511,12 @@ def test_damaged_cache_file_is_made_again(partition, tmp_path, kind):
 def test_damaged_features_are_made_again(partition, tmp_path, kind):
     model = du.build_model("resnet10t", 1, pretrained=False, img_size=32)
     data = du.DataPartition(partition, ["tree"], du.make_transforms(model, train=False))
-    before = du.extract_features(model, data, pooled=True, cache_dir=tmp_path / "cache")
+    config = du.TrainConfig(cache_dir=str(tmp_path / "cache"))
+    before = du.extract_features(model, data, config, pooled=True)
     (kept,) = (tmp_path / "cache").glob("*.npy")
     whole = kept.read_bytes()
     kept.write_bytes(DAMAGED[kind](whole))
-    again = du.extract_features(model, data, pooled=True, cache_dir=tmp_path / "cache")
+    again = du.extract_features(model, data, config, pooled=True)
     assert torch.equal(again, before)
     assert kept.read_bytes() == whole
 
@@ -549,6 +550,48 @@ def test_two_processes_may_write_the_same_cache_entry(partition, tmp_path):
         assert (images[0] - plain).abs().max() < 0.1
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert [path.suffix for path in files] == [".npy"]  # one entry, nothing half-written
+
+
+def kept_copies(cache):
+    return sorted(cache.glob("??/*.npy"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_full_cache_loses_its_oldest_copies_and_pictures_stay_the_same(partition, tmp_path):
+    cache = tmp_path / "cache"
+    roomy = du.DataPartition(partition, ["tree"], resize(20, 30), tmp_path / "roomy")
+    copy_gb = 30 * 20 * 3 / 1e9 + 128e-9  # numpy's header
+    data = du.DataPartition(partition, ["tree"], resize(20, 30), cache, 2.5 * copy_gb)
+    data[0], data[1]
+    first, second = kept_copies(cache)
+    os.utime(first, (1, 1))  # not left to the clock of the file system
+    os.utime(second, (2, 2))
+    (cache / "mine.npy").write_bytes(bytes(9000))  # neither counted nor removed
+    for number in (2, 3, 0, 1):
+        assert np.array_equal(np.asarray(data[number][0]), np.asarray(roomy[number][0]))
+        assert len(kept_copies(cache)) <= 2
+        assert du.trim_cache(cache) <= 2.5 * copy_gb
+    assert (cache / "mine.npy").exists()
+    assert not first.exists() or first.stat().st_mtime > 3  # made again
+
+
+def test_cache_that_fits_is_never_trimmed(partition, tmp_path):
+    data = du.DataPartition(partition, ["tree"], resize(20, 30), tmp_path / "cache", 1e-3)
+    pictures = [np.asarray(data[number][0]) for number in range(4)]
+    assert len(kept_copies(tmp_path / "cache")) == 4
+    sizes = sum(path.stat().st_size for path in kept_copies(tmp_path / "cache"))
+    assert du.trim_cache(tmp_path / "cache") == pytest.approx(sizes / 1e9)
+    assert all(np.array_equal(data[number][0], pictures[number]) for number in range(4))
+
+
+def test_processes_share_a_cache_that_is_far_too_small(partition, tmp_path):
+    many = partition.iloc[[0, 1, 2, 3] * 6]
+    transform = du.make_transforms(PlainModel(24, 24), train=False)
+    data = du.DataPartition(many, ["tree"], transform, tmp_path / "cache", 5e-6)
+    plain = du.DataPartition(many, ["tree"], transform)
+    for number, (images, _) in enumerate(du.make_loader(data, 1, num_workers=2)):
+        assert (images[0] - plain[number][0]).abs().max() < 0.1
+    assert du.trim_cache(tmp_path / "cache") <= 5e-6
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".npy"]
 
 
 # ---------------------------------------------------------------- TriStateMixup
@@ -751,29 +794,13 @@ def drawn(figure):
     return [axis.images[0].get_array() for axis in figure.axes if axis.images]
 
 
-def test_normalised_tensor_is_drawn_in_the_colours_of_its_photo():
+def test_normalised_tensor_is_drawn_in_the_colours_of_its_photo(notebook_functions):
     """A dull photo stays dull: no channel is stretched to its own range."""
     photo = Image.fromarray(np.asarray(noise(32, 32)) // 4 + 60)
     tensor = du.make_transforms(PlainModel(), train=False)(photo)
-    config = PlainModel().data_config
-    figure = du.show_images([tensor], mean=config["mean"], std=config["std"])
-    assert np.abs(255 * drawn(figure)[0] - np.asarray(photo)).max() < 1
-    plt.close(figure)
-
-
-def test_tensor_without_mean_and_std_must_be_a_picture_already():
-    picture = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    picture = notebook_functions("scratch").to_picture(tensor, PlainModel().data_config)
     figure = du.show_images([picture])
-    np.testing.assert_array_equal(drawn(figure)[0], picture.permute(1, 2, 0))
-    plt.close(figure)
-    for value in (-0.5, 1.5):
-        with pytest.raises(ValueError, match="outside 0 to 1; give its mean and std"):
-            du.show_images([picture, torch.full((3, 4, 4), value)])
-
-
-def test_values_that_normalisation_cannot_give_are_clipped():
-    figure = du.show_images([torch.full((3, 2, 2), 9.0)], mean=(0.5,) * 3, std=(0.2,) * 3)
-    assert (drawn(figure)[0] == 1).all()
+    assert np.abs(255 * drawn(figure)[0] - np.asarray(photo)).max() < 1
     plt.close(figure)
 
 

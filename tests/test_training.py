@@ -224,7 +224,7 @@ def test_unknown_loss_is_refused_by_name(name):
 
 
 def test_unknown_class_weights_are_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="class_weights='balanced': expected .*neg_pos.*inv_freq"):
+    with pytest.raises(ValueError, match="'balanced', expected .*neg_pos.*inv_freq"):
         du.MaskedLoss("bce", TRAINING, class_weights="balanced")
 
 
@@ -487,6 +487,42 @@ def test_settings_are_saved_beside_the_results(sets, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["learning_rate"] == 0.003
     assert du.TrainConfig(**saved) == config(epochs=1, learning_rate=0.003, loss="bce")
+
+
+def test_measured_choice_is_the_fastest_and_a_resumed_run_keeps_it(sets, tmp_path, monkeypatch):
+    def measured(*fastest):
+        monkeypatch.setattr(du, "time_steps", lambda *_: {fastest: 0.1, ("no", False): 0.2})
+
+    measured("bf16", True)
+    run = trainer(sets, tmp_path, epochs=2, precision="measure")
+    assert (run.accelerator.mixed_precision, run.layout) == ("bf16", torch.channels_last)
+    run.fit(lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
+    measured("no", False)  # the machine is busy with something else now
+    again = trainer(sets, tmp_path, epochs=2, precision="measure")
+    assert (again.config.precision, again.config.channels_last) == ("bf16", True)
+    assert len(again.resume()) == 2
+    other = trainer(sets, tmp_path, epochs=2, precision="measure", seed=1)  # another run
+    assert (other.config.precision, other.config.channels_last) == ("no", False)
+
+
+def test_measuring_leaves_the_model_as_it_was(sets, tmp_path, capsys):
+    model, ruled = ChannelNet(), ChannelNet()
+    ruled.load_state_dict(model.state_dict())
+    run = trainer(sets, tmp_path, model, precision="measure")
+    assert run.config.precision in ("no", "bf16")
+    assert "photos/s measured, the first is taken" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ruled.parameters()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_every_precision_and_layout_is_timed():
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(9)), nn.Flatten())
+    for layouts in ((False, True), (True,)):
+        seconds = du.time_steps(model, torch.rand(2, 3, 8, 8), layouts)
+        half = {"no", du._half_precision("cpu")}
+        assert seconds.keys() == {(name, is_last) for name in half for is_last in layouts}
+        assert list(seconds.values()) == sorted(seconds.values())
+        assert min(seconds.values()) > 0
 
 
 def test_fit_starts_afresh_in_a_folder_that_was_used_before(sets, tmp_path):
@@ -1092,10 +1128,9 @@ def test_batch_that_was_broken_off_half_unscaled_is_forgotten(sets, tmp_path):
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({"processes": 4}, "trained with 4 processes, and now there are 1; resume as"),
-        ({"precision": "fp16"}, "trained with 'fp16', and precision is now 'no'; resume as"),
-        ({"images": 999}, "trained with 999 images, and now there are"),
-        ({"labels": ["other"]}, "trained with other labels; resume as"),
+        ({"processes": 4}, "trained with processes=4, now it is 1; resume as"),
+        ({"precision": "fp16"}, "trained with precision='fp16', now it is 'no'; resume as"),
+        ({"images": 999}, "trained with images=999, now it is"),
     ],
 )
 def test_resume_on_a_machine_that_cannot_go_on_is_refused(sets, tmp_path, saved, message):
