@@ -2999,17 +2999,13 @@ def _each_path(images: str | list[str]) -> Iterator[str]:
 
 
 def _read_paths(table: Path) -> Iterator[str]:
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        try:
-            if "image_path" not in (rows.fieldnames or ()):
-                raise _bad_line(table, 1, "expected a column image_path")
-            for row in rows:
-                if not row["image_path"]:
-                    raise _bad_line(table, rows.line_num, "no image_path")
-                yield _seen_from_here(table, row["image_path"])
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{table}: no CSV of UTF-8 text ({error}).") from None
+    text = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "chunksize": 10_000}
+    try:
+        for rows in pd.read_csv(table, usecols=["image_path"], **text):
+            yield from (_seen_from_here(table, name) for name in rows["image_path"])
+    except ValueError as error:  # pandas' own errors and UnicodeDecodeError
+        problem = f"expected a CSV with commas and a column image_path ({error})"
+        raise ValueError(f"{table}: {problem}.") from None
 
 
 def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
