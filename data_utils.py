@@ -123,7 +123,8 @@ def replacing(path: str | os.PathLike, by_all: bool = False) -> Iterator[Path]:
 
 
 def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # as set by accelerate launch and torchrun
+    launched = "LOCAL_RANK" in os.environ  # by accelerate or torchrun; some queues set RANK alone
+    return not launched or os.environ["RANK"] == "0"
 
 
 def _this_process() -> PartialState:
@@ -2904,7 +2905,8 @@ class Classifier:
             [todo] = broadcast_object_list([todo])  # of the first process: all see the same
             mine = set(todo[state.process_index :: state.num_processes])
             shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
-            with tqdm(**shown, unit=" photos", disable=not main or None) as bar:
+            shown |= {} if main else {"disable": True}  # or TQDM_DISABLE
+            with tqdm(**shown, unit=" photos") as bar:
                 for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
                     found = self._answer(paths, bar, batch_size, num_workers, unreadable, **options)
                     _write_chunk(parts, number, *found)
@@ -3022,8 +3024,8 @@ def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
     before = _read_state(plan, fix)
     changed = [key for key, value in run.items() if before.get(key) != value]
     if changed:
-        problem = f"{parts}: begun with another {_some(changed)}"
-        raise ValueError(f"{problem}; restore it to go on, or {fix}.")
+        problem = f"{parts}: not begun with these {_some(changed)}"
+        raise ValueError(f"{problem}; restore them to go on, or {fix}.")
 
 
 def _read_chunks(path: Path, size: int, wanted: set[int]) -> Iterator[tuple[int, list[str]]]:

@@ -184,8 +184,8 @@ def test_other_photos_or_another_classifier_do_not_go_on_with_it(
         classifier.predict_to(survey, path, **SIZES)
     other = du.Classifier(t.tiny_model(), t.LABELS, [0.1] * 3, "half", t.PANORAMA_THRESHOLDS)
     for used, images, what in ((other, survey, "classifier"), (classifier, [survey], "images")):
-        fix = f"restore it to go on, or delete {path}.parts to begin again"
-        with pytest.raises(ValueError, match=f"begun with another {what}; {fix}"):
+        fix = f"restore them to go on, or delete {path}.parts to begin again"
+        with pytest.raises(ValueError, match=f"not begun with these {what}; {fix}"):
             used.predict_to(images, path, **SIZES)
     (tmp_path / "predictions.csv.parts" / "plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan\.json: cannot be read .*; delete .* to begin"):
