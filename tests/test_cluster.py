@@ -18,6 +18,7 @@ import pytest
 import test_classifier as t
 import torch
 from cloudpickle import register_pickle_by_value
+from nbconvert import ScriptExporter
 from PIL import Image
 from run_notebooks import ROOT
 from test_imagesplit import scene, write_panorama
@@ -96,16 +97,13 @@ def test_hashes_features_and_cached_photos_are_the_same_from_dask(
 # ---------------------------------------------------------------- scripts of notebooks
 
 
-def write_script(name, folder, parameters):
+def write_script(name, parameters):
     """Turn a notebook into a script as docs/cluster.md says, with other parameters."""
     notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
-    nbformat.write(notebook, folder / f"{name}.ipynb")
-    command = [sys.executable, "-m", "nbconvert", "--to", "script", f"{name}.ipynb"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
-    return (folder / f"{name}.py").read_text(encoding="utf-8")
+    return ScriptExporter().from_notebook_node(notebook)[0]  # as `jupyter nbconvert --to script`
 
 
 CHUNKS_OF_5 = """
@@ -145,8 +143,8 @@ def test_training_and_classifier_run_as_scripts_on_two_machines(tmp_path):
     use = {"RUN_DIR": "runs/linear", "IMAGE_DIR": "photos", "PANORAMA_DIR": None}
     use |= {"OUTPUT_DIR": "out", "BATCH_SIZE": 4}
     where = {"PARTITION_DIR": "partitions"}
-    script = LOG_WRITES + CHUNKS_OF_5 + write_script("training", tmp_path, network | where)
-    script += write_script("classifier", tmp_path, use | where)
+    script = LOG_WRITES + CHUNKS_OF_5 + write_script("training", network | where)
+    script += write_script("classifier", use | where)
     (tmp_path / "survey.py").write_text(script, encoding="utf-8")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines"]
     launch += ["2", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--mixed_precision"]
@@ -154,7 +152,7 @@ def test_training_and_classifier_run_as_scripts_on_two_machines(tmp_path):
     machines = [[*launch, "--machine_rank", str(rank), "survey.py"] for rank in (0, 1)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [subprocess.Popen(m, cwd=tmp_path, env=ON_CPUS, **pipes) for m in machines]
-    said = [process.communicate(timeout=400)[0] for process in running]
+    said = [process.communicate(timeout=900)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "".join(said)[-6000:]
     found = pd.read_csv(tmp_path / "out" / "predictions.csv")
     assert found["image"].tolist() == [str(p.relative_to(tmp_path)) for p in paths]
@@ -200,7 +198,7 @@ def launch_from_notebook(folder):
     cell = re.search(r"```python\n(from accelerate import notebook_launcher.*?)```", page, re.S)[1]
     cell = cell.replace("epochs=40", "epochs=1")
     command = [sys.executable, "-c", NO_CUDA_BEFORE + cell]
-    done = subprocess.run(command, cwd=folder, env=ON_CPUS, capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=ON_CPUS, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     assert json.loads((folder / "runs/eight/last/trainer.json").read_text())["processes"] == 2
     du.Classifier.load(folder / "runs" / "eight" / "best_classifier.json", ["tree", "grass"])
