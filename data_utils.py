@@ -1,7 +1,8 @@
 """Helpers that the 360° photo notebooks share: labels, partitions, models, training, scores.
 
-The sections follow the data. Everything is importable at the top level and picklable, so that
-DataLoader workers and launched processes can use it; copy this file beside a notebook of your own.
+The sections follow the data: `open_image` decodes, `MaskedLoss` leaves unknown cells out,
+`Trainer._end_epoch` keeps the best weights, `HEADS` says how to add a head. Everything is picklable
+for DataLoader workers and launched processes; copy this file beside a notebook of your own.
 
 Shape letters: B batch, C channels, H height, W width, N images, L labels, G groups.
 A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target); of
@@ -13,8 +14,11 @@ import contextlib
 import copy
 import csv
 import difflib
+import errno
 import functools
+import glob
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -29,7 +33,9 @@ import textwrap
 import time
 import unicodedata
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -45,7 +51,13 @@ import torchvision
 from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    broadcast,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from scipy.sparse import csr_array
@@ -56,17 +68,17 @@ from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.layers import resample_abs_pos_embed
-from timm.loss import CLASS_WEIGHT_METHODS, compute_class_weights, create_classification_loss
+from timm.loss import compute_class_weights, create_classification_loss
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+pd.options.mode.string_storage = "python"  # pyarrow's refuses file names that are no UTF-8
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 CLASS = "class"  # the one column of classes that exclude each other; "classes.txt" has their order
@@ -76,6 +88,7 @@ SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
 PRECISIONS = ("auto", "no", "bf16", "fp16", "measure")
 FORMAT_VERSION = 3  # 1 knew no "activation", 2 had its weights in a pickle
 WEIGHTS = "model.safetensors"
+PathLike = str | os.PathLike
 Array = np.ndarray
 Cuts = float | Sequence[float] | str
 Groups = Sequence | None
@@ -91,19 +104,71 @@ _HALF = re.compile(r"_(left|right)$")
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place only if all went well."""
+def replacing(path: PathLike, by_all: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place only if all went well.
+
+    Of the processes of `accelerate launch` only the first does it, unless each has files of its
+    own. A full disk, a vanished or read-only folder raise an OSError that names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        try:
+            yield temporary
+            if by_all or _is_main():
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # as set by accelerate launch and torchrun
+
+
+def _this_process() -> PartialState:
+    """Return its number among those of `accelerate launch`, and set its GPU."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+@functools.cache
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes left half written, an hour ago or more, once a process."""
+    for file in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTDIR)
+_CUT_OFF = "requested and|file write failed|[Nn]o space|I/O error|Parent directory"  # have no errno
+
+
+class _CannotWrite(OSError):
+    def __init__(self, path: Path, reason: str, how: str) -> None:
+        fix = f"free some space or take another folder; {how}"
+        super().__init__(f"{path}: cannot be written ({reason}); {fix}.")
+        self.strerror = reason
+
+
+@contextlib.contextmanager
+def _writing(path: Path, how: str = "what stood there is unchanged, run this again") -> Iterator:
+    """Turn what a disk refuses into one sentence; `how` says how to go on with room for it."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        name = Path(str(getattr(error, "filename", None) or os.devnull))
+        ours = path.is_relative_to(name) or name.is_relative_to(path)  # its folder, or in it
+        ours |= name.name.startswith(f".{path.name}.") or getattr(error, "errno", None) in _NO_ROOM
+        ours |= isinstance(error, _CannotWrite)
+        if not ours and not re.search(_CUT_OFF, str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise _CannotWrite(path, reason, how) from None
 
 
-def _write_json(path: str | os.PathLike, content: Any) -> None:
+def _write_json(path: PathLike, content: Any) -> None:
     with replacing(path) as temporary:
         text = json.dumps(content, indent=2, ensure_ascii=False)
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes
@@ -123,28 +188,26 @@ def _some(names: Iterable[Any], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _need_file(path: str | os.PathLike, fix: str) -> Path:
+def _need_file(path: PathLike, fix: str) -> Path:
     """Return `path` if it is a file; `fix` ends the sentence that is raised otherwise."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; {fix}.")
     return Path(path)
 
 
-def _bad_line(path: str | os.PathLike, number: int, problem: str) -> ValueError:
+def _bad_line(path: PathLike, number: int, problem: str) -> ValueError:
     return ValueError(f"{path}, line {number}: {problem}.")
 
 
-def read_tuned(path: str | os.PathLike, head: str, network: dict | None = None) -> dict[str, Any]:
+def read_tuned(path: PathLike, head: str, network: dict | None = None) -> dict[str, Any]:
     """Return what tuning.ipynb found for a head: fields of `TrainConfig`, as OPTIONS takes them.
 
     Warns of each field of `network` (e.g. model_name) that was another in the search.
     """
     path = _need_file(path, "run tuning.ipynb to make it")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        found = {name.lower(): value for name, value in content.items()}  # once in capitals
-        own = found.pop("head")
-        before = {name.lower(): value for name, value in found.pop("found_with", {}).items()}
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        own, before = found.pop("head"), found.pop("found_with", {})
         notebook = {"linear": "training", "csra": "csra", "mldecoder": "mldecoder"}[own]
         _check_options(found, TUNABLE)
         TrainConfig(**found)
@@ -153,8 +216,7 @@ def read_tuned(path: str | os.PathLike, head: str, network: dict | None = None) 
     if own != head:
         raise ValueError(f"{path}: found for head={own!r}, not {head!r}; use {notebook}.ipynb.")
     now = json.loads(json.dumps(network or {}))  # tuples become lists, as in the file
-    other = [name for name, value in now.items() if before.get(name, value) != value]
-    if other:
+    if other := [name for name in now if before.get(name, now[name]) != now[name]]:
         warnings.warn(f"{path}: found with another {_some(other)}; search again.", stacklevel=2)
     return found
 
@@ -164,28 +226,36 @@ def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}.")
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
+def list_images(folder: PathLike) -> list[Path]:
     """Return every image file below `folder`, sorted, without hidden, thumbnail and recycled ones.
 
-    Links to folders are followed, each folder once and by its own path if it has one in `folder`.
+    Links to other folders are followed, each folder once.
     """
+    return list(iterate_images(folder))
+
+
+def iterate_images(folder: PathLike) -> Iterator[Path]:
+    """Yield what `list_images` returns, keeping the names of one folder at a time."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     unwanted = {"@eadir", "$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot"}
     unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
-    found, seen, starts = [], set(), [folder]
-    for start in starts:  # links are put at its end, so that real folders come first
-        if start != folder and folder.resolve().is_relative_to(start.resolve()):
-            continue  # a link back to where we come from
-        for here, folders, files in ((Path(h), d, f) for h, d, f in os.walk(start)):
-            shown = [n for n in folders if n[0] != "." and n.lower() not in unwanted]
-            folders[:] = [] if here.resolve() in seen else shown
-            if here.resolve() not in seen:
-                seen.add(here.resolve())
-                starts += sorted(here / name for name in shown if (here / name).is_symlink())
-                found += [here / name for name in files if name[0] != "."]
-    return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    root, seen = folder.resolve(), {folder.resolve()}
+
+    def walk(here: Path) -> Iterator[Path]:
+        for entry in sorted(os.scandir(here), key=lambda entry: os.path.normcase(entry.name)):
+            path, name = here / entry.name, entry.name.lower()
+            if entry.is_dir() and name[0] != "." and name not in unwanted:
+                real = path.resolve()  # a link within `folder`, or around it, shows nothing new
+                known = real.is_relative_to(root) or root.is_relative_to(real)
+                if real not in seen and not (known and entry.is_symlink()):
+                    seen.add(real)
+                    yield from walk(path)
+            elif name[0] != "." and path.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+                yield path
+
+    yield from walk(folder)
 
 
 # ---------------------------------------------------------------- labels
@@ -209,7 +279,7 @@ def image_name(data_row: dict) -> str | None:
     return name.strip() if isinstance(name, str) else None
 
 
-def _read_export(path: str | os.PathLike) -> Iterator[list[dict]]:
+def _read_export(path: PathLike) -> Iterator[list[dict]]:
     """Yield the answers of each row of a Labelbox v2 export."""
     hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) per line"
     path = _need_file(path, "name the export of a Labelbox project")
@@ -304,7 +374,7 @@ def _graded_questions(answers: pd.DataFrame) -> set[tuple]:
     return {question for question, scheme in schemes.items() if scheme <= known}
 
 
-def _name_answers(answers: pd.DataFrame, path: str | os.PathLike) -> pd.DataFrame:
+def _name_answers(answers: pd.DataFrame, path: PathLike) -> pd.DataFrame:
     """Add question, grade and label to the paths; no two paths may give one label."""
     chosen = answers["path"].notna() & (answers["kind"] != "text")
     graded = _graded_questions(answers[chosen])
@@ -332,7 +402,7 @@ def _name_answers(answers: pd.DataFrame, path: str | os.PathLike) -> pd.DataFram
     return named.assign(graded=in_scheme).rename(columns={"path": "question"})
 
 
-def _tell_apart(rows: list[list[dict]], path: str | os.PathLike) -> None:
+def _tell_apart(rows: list[list[dict]], path: PathLike) -> None:
     """Call photos of one name by their global keys, where these are the paths of such files."""
     photos: dict[str, dict] = {}
     for first in (row[0] for row in rows):
@@ -350,10 +420,7 @@ def _tell_apart(rows: list[list[dict]], path: str | os.PathLike) -> None:
 
 
 def read_labelbox(
-    path: str | os.PathLike,
-    problematic: str = "drop",
-    flags: Sequence[str] = ("Problematic", "Revisit"),
-    rework: str = "keep",
+    path: PathLike, problematic: str = "drop", flags: Sequence[str] = ("Problematic", "Revisit")
 ) -> pd.DataFrame:
     """Read a Labelbox v2 NDJSON export as annotated, one line per answer.
 
@@ -361,7 +428,7 @@ def read_labelbox(
     ("Foreground") only describe it. An ungraded question gives one label per option, named
     "question / option". Texts and `flags` (radio questions about the photo itself) are no labels.
     `problematic` "drop" leaves out the images that carry the first of `flags` (not those where it
-    is answered "No"), `rework` "drop" the labels that were sent back to their annotator.
+    is answered "No").
 
     Returns columns image, data_row_id, project, annotator, label_id, judged (False in the one line
     of an image that nobody labelled), question, kind, answer, grade (1 = most certain) and label, a
@@ -369,19 +436,14 @@ def read_labelbox(
     attention.
     """
     _check_choice("problematic", problematic, ("drop", "keep"))
-    _check_choice("rework", rework, ("drop", "keep"))
     rows = list(_read_export(path))
     if not rows:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export.")
     _tell_apart(rows, path)
     images = pd.Series([row[0]["image"] for row in rows])
     answers = pd.DataFrame(itertools.chain(*rows))
-    unread, again = (answers[column].astype(bool) for column in ("unread", "rework"))
-    report = {"unread": answers["image"][unread], "rework": answers["image"][again]}
-    if rework == "drop":
-        answers["judged"] &= ~again
-        answers.loc[again, ["path", "kind", "answer"]] = None
-    answers = answers.drop(columns=["unread", "rework", "global_key"])
+    noted = {key: answers["image"][answers.pop(key)].unique() for key in ("unread", "rework")}
+    answers = answers.drop(columns="global_key")
     answers = _name_answers(answers.drop_duplicates(ignore_index=True), path)
     graded = answers.pop("graded")
     answers.loc[answers["question"].isin(flags), "label"] = None
@@ -399,15 +461,15 @@ def read_labelbox(
         "unlabelled": judged.index[~judged].tolist(),
         "problematic": list(bad),
         "without a grade": sorted(answers.loc[ungraded, "image"].unique()),
-        "boxes not read": report["unread"].unique().tolist(),
-        "in rework": report["rework"].unique().tolist(),
+        "boxes not read": list(noted["unread"]),
+        "in rework": list(noted["rework"]),
     }
     if problematic == "drop":
         return answers[~answers["image"].isin(bad)].reset_index(drop=True)
     return answers
 
 
-def check_label_names(labels: Iterable[str], path: str | os.PathLike, what: str = "label") -> None:
+def check_label_names(labels: Iterable[str], path: PathLike, what: str = "label") -> None:
     """Refuse labels that are called like another column of a partition or of predictions."""
     labels = sorted(labels)
     taken = {"image", "part", CLASS, *NOT_LABELS, *(f"{label}_prob" for label in labels)}
@@ -466,7 +528,7 @@ def _without_suffix(name: str) -> str:
     return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
 
 
-def panorama_name(path: str | os.PathLike) -> str:
+def panorama_name(path: PathLike) -> str:
     """Return the path of a photo without suffix and side; the halves of a panorama share it."""
     return _HALF.sub("", _without_suffix(str(path)))
 
@@ -498,7 +560,7 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     return combined.reset_index()
 
 
-def read_table(path: str | os.PathLike) -> pd.DataFrame:
+def read_table(path: PathLike) -> pd.DataFrame:
     """Read a CSV (commas, semicolons, tabs) as stripped text; its index is the line less 2."""
     text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
     try:
@@ -532,7 +594,7 @@ def _separator(text: str) -> str:
     return ","
 
 
-def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.DataFrame:
+def parse_cells(cells: pd.DataFrame, path: PathLike, soft: bool) -> pd.DataFrame:
     """Turn the text of `read_table` into 1, 0, NaN (empty) and, if `soft`, values between."""
     values = cells.apply(pd.to_numeric, errors="coerce")
     good = ((values >= 0) & (values <= 1)) if soft else values.isin([0, 1])
@@ -545,7 +607,7 @@ def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.
     return values.astype(float)
 
 
-def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
+def read_partition(path: PathLike) -> tuple[pd.DataFrame, list[str]]:
     """Return the rows of a partition CSV, paths seen from the working directory, and its labels.
 
     Classes that exclude each other are one column `class`, a name or NaN; the labels are those of
@@ -561,10 +623,16 @@ def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
         df = df.assign(**{CLASS: df[CLASS].mask(df[CLASS] == "")}).reset_index(drop=True)
     else:
         df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
-    raw = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
-    names = [raw.sub(lambda b: chr(0xDC00 + int(b[1], 16)), name) for name in df["image_path"]]
-    paths = [os.path.normpath(os.path.join(path.parent, name)) for name in names]
-    return df.assign(image_path=[p.replace(os.sep, "/") for p in paths]), labels
+    return df.assign(image_path=[_seen_from_here(path, name) for name in df["image_path"]]), labels
+
+
+_RAW = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
+
+
+def _seen_from_here(table: Path, name: str) -> str:
+    """Return where a file is that a table names, seen from the table's folder."""
+    name = _RAW.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
+    return os.path.normpath(os.path.join(table.parent, name)).replace(os.sep, "/")
 
 
 def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
@@ -589,7 +657,7 @@ def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
 
 
 def load_parts(
-    folder: str | os.PathLike, names: Sequence[str] = PARTS
+    folder: PathLike, names: Sequence[str] = PARTS
 ) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Read the partitions of `folder` and their labels; no group may stand in two parts."""
     paths = {name: Path(folder) / f"{name}_partition.csv" for name in names}
@@ -611,7 +679,7 @@ def load_parts(
     return parts, labels
 
 
-def write_partition(df: pd.DataFrame, path: str | os.PathLike, classes: Sequence[str] = ()) -> None:
+def write_partition(df: pd.DataFrame, path: PathLike, classes: Sequence[str] = ()) -> None:
     """Write a partition CSV; `image_path` becomes relative to the CSV's folder.
 
     `classes`, in their order, become classes.txt beside it, which a column `class` needs.
@@ -647,7 +715,7 @@ def open_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
     Where `size` (height, width) is enough, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size. A file
     that is missing, truncated or no image is named by an OSError.
     """
-    if not isinstance(image, (str, os.PathLike)):
+    if not isinstance(image, PathLike):
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         turn = _find_turn(image)
         return _to_rgb(image if turn is None else image.transpose(turn))
@@ -783,7 +851,7 @@ class DataPartition(Dataset):
         df: pd.DataFrame,
         label_columns: Sequence[str],
         transform: Callable | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: PathLike | None = None,
         cache_gb: float = 50.0,
     ) -> None:
         self.label_columns, self.transform = list(label_columns), transform
@@ -826,6 +894,13 @@ class DataPartition(Dataset):
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.targets[index])
 
+    def rows(self, rows: slice) -> "DataPartition":
+        """Return a part of it, small to send to another machine."""
+        part = copy.copy(self)
+        for name in ("_paths", "_groups", "targets"):
+            setattr(part, name, getattr(self, name)[rows])
+        return part
+
     def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
         stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else None
         key = hashlib.sha1(os.fsencode(f"{os.path.abspath(path)}|{stamp}|{size}")).hexdigest()
@@ -835,7 +910,7 @@ class DataPartition(Dataset):
         image = open_image(path, size)
         if image.height > size[0] and image.width > size[1]:
             image = ImageOps.cover(image, size[::-1])
-        with replacing(copy) as temporary, open(temporary, "wb") as file:
+        with replacing(copy, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
         self._room -= 3e-9 * image.height * image.width
         if self._room < 0:
@@ -868,7 +943,7 @@ def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
         return None
 
 
-def trim_cache(folder: str | os.PathLike, most_gb: float = np.inf) -> float:
+def trim_cache(folder: PathLike, most_gb: float = np.inf) -> float:
     """Return the GB of what is kept in `folder`; of more than `most_gb`, the oldest tenth goes."""
     kept, ours = [], re.compile(r"[0-9a-f]{32,40}\.npy")  # what else lies there is left alone
     for path in filter(lambda path: ours.fullmatch(path.name), Path(folder).rglob("*.npy")):
@@ -923,6 +998,25 @@ def make_loader(
     return DataLoader(dataset, batch_size, pin_memory=torch.cuda.is_available(), **options)
 
 
+def read_ahead(dataset: Dataset, batch_size: int) -> Iterator[Any]:
+    """Yield batches in order; threads on all cores read the next two while one is being used.
+
+    Decoding lets other threads run, so that nothing is copied between processes as in `DataLoader`.
+    """
+    own = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of a process
+    waiting, pool = deque(), ThreadPoolExecutor(max(own, 1))
+    try:
+        for index in range(len(dataset)):
+            waiting.append(pool.submit(dataset.__getitem__, index))
+            if len(waiting) == 3 * batch_size:
+                yield default_collate([waiting.popleft().result() for _ in range(batch_size)])
+        while waiting:
+            rest = range(min(batch_size, len(waiting)))
+            yield default_collate([waiting.popleft().result() for _ in rest])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _seed_by_rank(worker: int) -> None:
     """PyTorch seeds workers from the loader's generator, the same in all launched processes."""
     rank = int(os.environ.get("RANK", 0))  # as set by accelerate launch and torchrun
@@ -933,7 +1027,7 @@ def _seed_by_rank(worker: int) -> None:
         random.seed(seed)
 
 
-# ---------------------------------------------------------------- features, out of fold
+# ---------------------------------------------------------------- features of patches, out of fold
 
 
 def _patches(images: torch.Tensor, side: int = 6) -> torch.Tensor:
@@ -944,7 +1038,7 @@ def _patches(images: torch.Tensor, side: int = 6) -> torch.Tensor:
 
 
 def patch_features(
-    paths: Sequence[str | os.PathLike], n_components: int = 128, seed: int = 42
+    paths: Sequence[PathLike], n_components: int = 128, seed: int = 42
 ) -> torch.Tensor:
     """Describe images (N, D ≤ N) by patches of themselves (Coates et al., AISTATS 2011)."""
     if len(paths) < 2:
@@ -1023,6 +1117,7 @@ class CSRA(nn.Module):
     """
 
     TEMPERATURES = {1: [1], 2: [1, 99], 4: [1, 2, 4, 99]} | {n: [*range(1, n), 99] for n in (6, 8)}
+    frozen_rate = 1e-2  # learning rate where the backbone rests
 
     def __init__(self, num_features: int, num_labels: int, heads: int = 1, lam: float = 0.1):
         super().__init__()
@@ -1093,6 +1188,8 @@ class MLDecoder(nn.Module):
     layer turns each of the K answers, of the width D = decoder_embedding, into ⌈L/K⌉ logits.
     """
 
+    frozen_rate = 1e-3
+
     def __init__(
         self,
         num_features: int,
@@ -1114,10 +1211,14 @@ class MLDecoder(nn.Module):
         decoder.embed_standart = nn.Linear(num_features, decoder_embedding)
         decoder.query_embed = nn.Embedding(groups, decoder_embedding).requires_grad_(False)
         decoder.layers = nn.ModuleList([_DecoderLayer(decoder_embedding, dim_feedforward, dropout)])
-        shape = groups, decoder_embedding, self.labels_per_group
-        decoder.duplicate_pooling = nn.Parameter(nn.init.xavier_normal_(torch.empty(shape)))
+        pooling = torch.empty(groups, decoder_embedding, self.labels_per_group)
+        decoder.duplicate_pooling = nn.Parameter(0.4 * nn.init.xavier_normal_(pooling))
         decoder.duplicate_pooling_bias = nn.Parameter(torch.zeros(num_labels))
         self.decoder = decoder
+
+    @property
+    def bias(self) -> nn.Parameter:
+        return self.decoder.duplicate_pooling_bias
 
     def _ask(self, features, need_weights=False):
         embed, queries = self.decoder.embed_standart, self.decoder.query_embed.weight
@@ -1137,12 +1238,8 @@ class MLDecoder(nn.Module):
         return maps.repeat_interleave(self.labels_per_group, 1)[:, : self.num_labels]
 
 
+# A head of your own is a class like CSRA, with `forward`, `attention` and `bias`, and a name here.
 HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
-
-
-def _head_options(head: str) -> set[str]:
-    found = set(inspect.signature(HEADS[head]).parameters) if HEADS[head] else set()
-    return found - {"num_features", "num_labels"}
 
 
 # ---------------------------------------------------------------- model
@@ -1190,7 +1287,7 @@ def build_model(
     name: str,
     num_labels: int,
     head: str = "linear",
-    pretrained: bool | str | os.PathLike = True,
+    pretrained: bool | PathLike = True,
     img_size: int | Sequence[int] | None = None,
     head_bias: Sequence[float] | None = None,
     **kwargs: Any,
@@ -1200,8 +1297,8 @@ def build_model(
     `.data_config` says how to prepare images, `.spec` how to build it again.
 
     Args:
-        pretrained: True (Hugging Face hub), False (random weights) or a weight file. A JSON of the
-            same name beside it may hold "pretrained_window_sizes", which SwinV2 must know.
+        pretrained: True (Hugging Face hub), False (random weights) or a weight file; a JSON of the
+            same name beside it may hold its "img_size" and "pretrained_window_sizes" (SwinV2).
         img_size: input height and width in pixels; None is the model's own.
         head_bias: the logits that the head starts from (L,), see `base_rate_logits`; None: zeros.
         **kwargs: options of `CSRA` or `MLDecoder` go to the head, all else to timm.
@@ -1210,17 +1307,20 @@ def build_model(
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
-    head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in _head_options(head)}
-    foreign = kwargs.keys() & {option for other in HEADS for option in _head_options(other)}
-    if foreign:
+    options = {key: [*inspect.signature(h).parameters][2:] for key, h in HEADS.items() if h}
+    head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in options.get(head, ())}
+    if foreign := kwargs.keys() & set(itertools.chain(*options.values())):
         raise ValueError(f"the {head} head has no option {_some(sorted(foreign))}.")
-    if pretrained and pretrained is not True:
-        kwargs = _pretrained_windows(name, Path(pretrained)) | kwargs
+    note = _read_note(Path(pretrained)) if pretrained and pretrained is not True else {}
+    if timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2"):
+        windows = ("pretrained_window_sizes",)  # SwinV2 measures positions in shares of them
+        kwargs = {key: note[key] for key in windows if key in note} | kwargs
     size = timm.layers.to_2tuple(img_size) if img_size else None
     model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
     bias = torch.zeros(num_labels) if head_bias is None else head_bias
     _start_head(model, bias)
     if pretrained:
+        model.pretrained_model_args = note  # "img_size": timm takes positions for square without
         _load_weights(model, name, pretrained, num_labels)
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *size) if size else config["input_size"]
@@ -1285,33 +1385,30 @@ def _create_model(name, size, kwargs):
 
 
 def _classifier(model: nn.Module) -> nn.Module:
-    """Return the head of a model as one module; distilled models have two."""
+    """Return what gives the logits as one module; distilled models have two, a bare one none."""
     head = getattr(model, "get_classifier", nn.Identity)()
     return nn.ModuleList(head) if isinstance(head, tuple) else head
 
 
 def _last_layers(model):
     """Return the layers that give the logits of a model with a linear head; distilled have two."""
-    head = _classifier(model) if hasattr(model, "get_classifier") else model
+    head = _classifier(model)
     parts = head if isinstance(head, nn.ModuleList) else [head]
-    layers = [[m for m in p.modules() if isinstance(m, (nn.Linear, nn.Conv2d))] for p in parts]
-    return [found[-1] for found in layers if found]  # none of a backbone without a head
+    layers = [[m for m in p.modules() if isinstance(m, nn.Linear | nn.Conv2d)] for p in parts]
+    return [found[-1] for found in layers if found]
 
 
 @torch.no_grad()
 def _start_head(model, bias):
     """Make the first logits nearly `bias`: large ones would tear up the pretrained features."""
-    head, bias = getattr(model, "head", None), torch.as_tensor(bias, dtype=torch.float32)
-    if isinstance(head, CSRA):  # of its weights only the directions count
-        head.bias.copy_(bias)
-    elif isinstance(head, MLDecoder):
-        head.decoder.duplicate_pooling.mul_(0.4)
-        head.decoder.duplicate_pooling_bias.copy_(bias)
-    else:
-        for layer in _last_layers(model):  # timm's start of EfficientNet is 16 times as large
-            nn.init.trunc_normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
-            if layer.bias is not None:
-                layer.bias.copy_(bias)
+    bias = torch.as_tensor(bias, dtype=torch.float32)
+    if isinstance(model, _HeadedModel):
+        model.head.bias.copy_(bias)
+        return
+    for layer in _last_layers(model):  # timm's start of EfficientNet is 16 times as large
+        nn.init.trunc_normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
+        if layer.bias is not None:
+            layer.bias.copy_(bias)
 
 
 def base_rate_logits(
@@ -1346,13 +1443,11 @@ def _load_weights(model, name, source, num_labels):
         ) from error
 
 
-def _pretrained_windows(name, weights):
-    """Return in which windows a SwinV2 was pretrained: it measures positions in shares of them."""
-    note, key = weights.with_suffix(".json"), "pretrained_window_sizes"
-    is_swin_v2 = timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2")
+def _read_note(weights):
+    """Return the JSON that pretraining.ipynb writes beside its weights, if there is one."""
+    note = weights.with_suffix(".json")
     try:
-        content = json.loads(note.read_bytes()) if is_swin_v2 and note.is_file() else {}
-        return {key: content[key]} if key in content else {}
+        return dict(json.loads(note.read_bytes())) if note.is_file() else {}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{note}: no JSON of pretraining.ipynb ({error}).") from None
 
@@ -1365,7 +1460,6 @@ def _load_file(model, name, path, rename):
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
         with contextlib.suppress(KeyError):  # weights of another architecture: named below
-            state = _resize_wide_positions(state, model)
             state = rename(state, model) if rename else state
         state = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
         missing = model.load_state_dict(state, strict=False).missing_keys
@@ -1379,27 +1473,14 @@ def _load_file(model, name, path, rename):
         raise ValueError(f"{path}: {problem}.")
 
 
-def _resize_wide_positions(state, model):
-    """Resize position embeddings of 2:1 panoramas; timm takes all of them for square."""
-    table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if own is None or grid is None or getattr(table, "ndim", 0) != 3 or table.shape == own.shape:
-        return state
-    prefix = own.shape[1] - grid[0] * grid[1]  # tokens that stand nowhere in the image
-    height = round((max(table.shape[1] - prefix, 0) / 2) ** 0.5)
-    if 2 * height**2 != table.shape[1] - prefix:
-        return state
-    resized = resample_abs_pos_embed(table, list(grid), [height, 2 * height], prefix)
-    return state | {"pos_embed": resized}
-
-
 def gains_by_channels_last(model: nn.Module) -> bool:
     """Say whether convolutions do the work; patch-embedding models gain nothing."""
     return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 8
 
 
-def _memory_format(model: nn.Module) -> torch.memory_format:
-    return torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
+def _memory_format(model: nn.Module, wanted: bool | None = None) -> torch.memory_format:
+    last = gains_by_channels_last(model) if wanted is None else wanted
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _autocast(model: nn.Module, device: str) -> torch.autocast:
@@ -1410,26 +1491,33 @@ def _autocast(model: nn.Module, device: str) -> torch.autocast:
 
 def extract_features(
     model: nn.Module,
-    dataset: DataPartition,
-    batch_size: int = 32,
-    num_workers: int = 0,
+    part: DataPartition,
+    config: "TrainConfig | None" = None,  # its batch_size, num_workers and cache_dir
     pooled: bool = False,
-    cache_dir: str | os.PathLike | None = None,
+    n_jobs: int = 1,
+    chunk: int = 1000,
 ) -> torch.Tensor:
     """Return the feature map of every image, (N, C, h, w); a head learns from it in seconds.
 
-    `pooled` is what the last layer of a linear head sees, (N, C). `cache_dir` keeps them for the
-    same photos (name, size, time), weights and preparation.
+    `pooled` is what the last layer of a linear head sees, (N, C). The cache keeps them for the same
+    photos (name, size, time), weights and preparation. With `n_jobs` other than 1, joblib's
+    backend, e.g. dask, takes them by the `chunk`, each with a file of its own in the cache.
     """
+    if n_jobs != 1:
+        pieces = [part.rows(slice(i, i + chunk)) for i in range(0, len(part), chunk)]
+        jobs = (joblib.delayed(extract_features)(model, p, config, pooled) for p in pieces)
+        return torch.cat(joblib.Parallel(n_jobs)(jobs))
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
-    cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
-    stored = _read_cached(cached, np.float32, 2 if pooled else 4) if cached else None
-    if stored is not None and len(stored) == len(dataset):
-        return torch.from_numpy(stored)
+    config, cached = config or TrainConfig(), None
+    if config.cache_dir:
+        cached = Path(config.cache_dir) / f"{_features_key(model, part, pooled)}.npy"
+        stored = _read_cached(cached, np.float32, 2 if pooled else 4)
+        if stored is not None and len(stored) == len(part):
+            return torch.from_numpy(stored)
     device, layout = next(model.parameters()).device, _memory_format(model)
     model.to(memory_format=layout).eval()
-    found, loader = [], make_loader(dataset, batch_size, num_workers=num_workers)
+    found, loader = [], make_loader(part, config.batch_size, num_workers=config.num_workers)
     # not inference_mode: a head could not be trained on its tensors
     with torch.no_grad(), _autocast(model, device.type):
         for images, _ in tqdm(loader, desc="features", leave=False, delay=2):
@@ -1441,17 +1529,15 @@ def extract_features(
             found.append(features.float().cpu())
     features = torch.cat(found)
     if cached:
-        with replacing(cached) as temporary, open(temporary, "wb") as file:
+        with replacing(cached, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, features.contiguous().numpy(), allow_pickle=False)
-        trim_cache(cache_dir, dataset.cache_gb)
+        trim_cache(config.cache_dir, config.cache_gb)
     return features
 
 
-def store_features(model: nn.Module, part: DataPartition, config: "TrainConfig") -> "FeatureSet":
+def store_features(model: nn.Module, part: DataPartition, config: "TrainConfig") -> FeatureSet:
     """Return the feature maps of a part as a data set for heads, see `extract_features`."""
-    options = {"num_workers": config.num_workers, "cache_dir": config.cache_dir}
-    maps = extract_features(model, part, config.batch_size, **options)
-    return FeatureSet(maps, part.targets, part.label_columns)
+    return FeatureSet(extract_features(model, part, config), part.targets, part.label_columns)
 
 
 def _features_key(model, dataset, pooled):
@@ -1557,10 +1643,12 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
     return model.forward_head(alone)[:, label].view(len(found), *found.shape[2:]).float()
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- precision and loss
 
 
 def _fastest_device() -> str:
+    if "LOCAL_RANK" in os.environ:  # `accelerate launch`: "cuda" becomes the GPU of this process
+        return _this_process().device.type
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return next((name for name, is_there in found.items() if is_there), "cpu")
 
@@ -1641,7 +1729,6 @@ class MaskedLoss(nn.Module):
         known = np.maximum((~np.isnan(targets)).sum(0), 1)
         counts = np.nansum(targets, axis=0) / known * n * (name != "ce")
         if class_weights is not None:
-            _check_choice("class_weights", class_weights, CLASS_WEIGHT_METHODS)
             kind, weights = compute_class_weights(counts, n, class_weights)
             kwargs[kind] = weights
         if name == "db":
@@ -1689,7 +1776,7 @@ def _check_exclusive(part: DataPartition, name: str) -> None:
         raise ValueError(f"loss='ce': {problem}; use 'bce' where several labels may be present.")
 
 
-def _look(model: nn.Module, images: torch.Tensor, flip: bool) -> torch.Tensor:
+def _logits_of(model: nn.Module, images: torch.Tensor, flip: bool) -> torch.Tensor:
     """Return logits, with `flip` the mean of those of the images and of their mirror images."""
     logits = model(images)
     return (logits + model(images.flip(-1))) / 2 if flip else logits
@@ -1700,31 +1787,7 @@ def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        problem = f"{path}: cannot be read ({type(error).__name__})"
-        raise ValueError(f"{problem}; call fit() to start again.") from None
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path, wanted: bool) -> Iterator[None]:
-    """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
-    with contextlib.ExitStack() as held:
-        try:
-            if wanted:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(folder / ".lock", timeout=0))
-        except Timeout:
-            fix = "let it end or stop it first, or give this one another RUN_DIR"
-            raise RuntimeError(f"{folder}: another training runs in this folder; {fix}.") from None
-        yield
-
-
-def _remove_resume_point(folder: Path) -> None:
-    (folder / "trainer.json").unlink(missing_ok=True)  # first: half of it never looks complete
-    shutil.rmtree(folder, ignore_errors=True)
+# ---------------------------------------------------------------- settings
 
 
 # Measured in docs/results.md: at least `steps` steps and `min_epochs` epochs, 40 at most.
@@ -1843,7 +1906,7 @@ class TrainConfig:
         return cls(**(found | {key: v for key, v in changes.items() if v is not None}))
 
     @classmethod
-    def read(cls, path: str | os.PathLike, **changes: Any) -> "TrainConfig":
+    def read(cls, path: PathLike, **changes: Any) -> "TrainConfig":
         """Return the settings of a config.json, with `changes`."""
         _check_options(changes)
         path = _need_file(path, "run training.ipynb to make it")
@@ -1861,9 +1924,12 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
-_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "labels"}
+_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test"}
 TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
+
+
+# ---------------------------------------------------------------- training
 
 
 def build_run(
@@ -1880,9 +1946,9 @@ def build_run(
     targets = read_targets(parts["train"], labels)
     rates = base_rate_logits(targets, config.loss == "ce", len(labels))
     set_seed(config.seed)
-    about = len(labels), head or config.head, config.pretrained, config.img_size, rates
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
-    model = build_model(config.model_name, *about, **options)
+    options |= {"head": head or config.head, "pretrained": config.pretrained, "head_bias": rates}
+    model = build_model(config.model_name, len(labels), img_size=config.img_size, **options)
     about = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
     tables = parts | {"plain": parts["train"]}
     sets = {name: DataPartition(table, *about) for name, table in tables.items()}
@@ -1892,31 +1958,54 @@ def build_run(
 
 
 def start_from_probe(
-    model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig, most: int = 4000
+    model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig
 ) -> float:
     """Let the head learn "plain" of `parts` on the frozen backbone; return its mAP on "val".
 
-    A linear head becomes a probe, another has 20 epochs on feature maps of `most` photos at most.
+    A linear head becomes a probe, another has 20 epochs on feature maps of 4 000 photos at most.
     """
-    is_linear = model.spec["head"] == "linear"
-    options = config.batch_size, config.num_workers, is_linear, config.cache_dir
     train, val = copy.copy(parts["plain"]), parts["val"]
-    if not is_linear:
-        rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:most])
-        train.paths, train.targets = np.array(train.paths, object)[rows], train.targets[rows]
-    x, x_val = (extract_features(model, part, *options) for part in (train, val))
-    if is_linear:
+    if model.spec["head"] == "linear":
+        x, x_val = (extract_features(model, part, config, pooled=True) for part in (train, val))
         options = {"exclusive": config.loss == "ce", "num_classes": len(train.label_columns)}
         probe, _ = fit_probe(x, train.targets, train.groups, **options)
         use_probe(model, probe)
         return mean_average_precision(val.targets, probe(x_val).detach().numpy())
-    sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
+    rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:4000])
+    train.paths, train.targets = np.array(train.paths, object)[rows], train.targets[rows]
+    sets = [store_features(model, part, config) for part in (train, val)]
     taken = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
     own = {key: getattr(config, key) for key in taken} | {"epochs": 20, "warmup_epochs": 1}
-    own["learning_rate"] = {"csra": 1e-2, "mldecoder": 1e-3}[model.spec["head"]]
+    own["learning_rate"] = model.get_classifier().frozen_rate
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**own), folder)
         return trainer.fit()["val_mAP"].max()
+
+
+def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}); {fix}.") from None
+
+
+@contextlib.contextmanager
+def _alone_in(
+    folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
+) -> Iterator[None]:
+    """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0) if wanted else contextlib.nullcontext():
+            yield
+    except Timeout:
+        fix = f"let it end or stop it first, or give this one another {other}"
+        raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
+
+
+def _remove_resume_point(folder: Path) -> None:
+    (folder / "trainer.json").unlink(missing_ok=True)  # first: half of it never looks complete
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
@@ -1969,7 +2058,7 @@ class Trainer:
         train_set: DataPartition,
         val_set: DataPartition,
         config: TrainConfig,
-        run_dir: str | os.PathLike,
+        run_dir: PathLike,
     ) -> None:
         kinds = {(*part.label_columns, part.exclusive) for part in (train_set, val_set)}
         if len(kinds) > 1:
@@ -1993,8 +2082,8 @@ class Trainer:
         self.prepare_loss(train_set)
         self._prepare_model(model, train_set)
         self.epoch, self.step, self.history, self.stopped = 0, 0, [], False
-        found = {"processes": self.accelerator.num_processes, "precision": precision}
-        self.circumstances = found | {"images": len(train_set), "labels": config.labels}
+        self.circumstances = {"processes": self.accelerator.num_processes, "precision": precision}
+        self.circumstances["images"] = len(train_set)
 
     def _measured(self, config: TrainConfig, model: nn.Module, photos: Dataset) -> TrainConfig:
         """Put the fastest precision and layout into `config`; a resumed run keeps what it had."""
@@ -2035,9 +2124,9 @@ class Trainer:
 
     def _prepare_model(self, model: nn.Module, train_set: DataPartition) -> None:
         """Set up model, moving average, optimizer, loader and the schedule over all steps."""
-        config, wanted, decay = self.config, self.config.channels_last, self.config.ema_decay
-        self.channels_last = gains_by_channels_last(model) if wanted is None else wanted
-        self.layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        config, decay = self.config, self.config.ema_decay
+        self.layout = _memory_format(model, config.channels_last)
+        # plain: timm's own, which is saved; self.model: wrapped by accelerate for several processes
         self.plain = model = model.to(self.accelerator.device, memory_format=self.layout)
         if config.grad_checkpointing:
             getattr(model, "backbone", model).set_grad_checkpointing()
@@ -2082,9 +2171,12 @@ class Trainer:
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Go on from last/ and return the whole history; settings and data must be the same."""
         with _alone_in(self.run_dir, self.accelerator.is_main_process):
-            places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
-            last = next((p for p in places if (p / "trainer.json").is_file()), None)
-            if last is None:
+            last, newer = self.run_dir / "last", self.run_dir / "last.tmp"
+            if (newer / "trainer.json").is_file() and self.accelerator.is_main_process:
+                _remove_resume_point(last)  # killed before this: the only copy gets its own name,
+                os.replace(newer, last)  # or the next one would be written over it
+            self.accelerator.wait_for_everyone()
+            if not (last / "trainer.json").is_file():
                 raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
             config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
             self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
@@ -2103,16 +2195,13 @@ class Trainer:
             raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
         for what, now in self.circumstances.items():
             before = state.get(what, now)
-            found = f"{before} {what}, and now there are {now}"
-            found = "other labels" if what == "labels" else found
-            if what == "precision":  # "bf16" and "no" may follow each other, on another machine
-                found = f"{before!r}, and precision is now {now!r}"
-                before = before if "fp16" in (before, now) else now
-            if before != now:
+            may_differ = what == "precision" and "fp16" not in (before, now)  # another machine
+            if before != now and not may_differ:
+                found = f"{what}={before!r}, now it is {now!r}"
                 raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
     def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
-        """Return probabilities (N, L); weights="ema" is the moving average, flip as in `_look`."""
+        """Return probabilities (N, L); weights="ema": the moving average; flip: both ways round."""
         return _to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
 
     def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
@@ -2129,7 +2218,7 @@ class Trainer:
         logits = [torch.empty(0, len(dataset.label_columns), device=accelerator.device)]
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
-                found = _look(model, images.contiguous(memory_format=self.layout), flip)
+                found = _logits_of(model, images.contiguous(memory_format=self.layout), flip)
                 logits.append(accelerator.gather_for_metrics(found).float())
         return torch.cat(logits)
 
@@ -2181,12 +2270,13 @@ class Trainer:
         row |= {"train_loss": train_loss} | self.validate() | {"seconds": seconds}
         row["images_per_second"] = len(self.loader.dataset) / seconds if epoch else 0.0
         best = np.nanmax([-np.inf, *map(self._score, self.history)])
-        if self._score(row) > best and self.accelerator.is_main_process:
-            model = self.ema.module if row.get("weights") == "ema" else self.plain
-            _save_weights(model, self.best_path)
-        self.epoch = epoch
-        self.history.append(row)
-        self._save_last()
+        with _writing(self.run_dir, "Trainer.resume() goes on from the last finished epoch"):
+            if self._score(row) > best and self.accelerator.is_main_process:
+                model = self.ema.module if row.get("weights") == "ema" else self.plain
+                _save_weights(model, self.best_path)
+            self.epoch = epoch
+            self.history.append(row)
+            self._save_last()
 
     def validate(self) -> dict[str, Any]:
         """Return `metric` and whatever else history shall hold; of the better weights with EMA."""
@@ -2268,7 +2358,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             _remove_resume_point(temporary)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
+        try:
+            self.accelerator.save_state(str(temporary))
+        except BaseException:  # a full disk: what is half written takes its last bytes
+            _remove_resume_point(temporary)
+            raise
         self.accelerator.wait_for_everyone()  # every process has its random state in there
         if self.accelerator.is_main_process:
             if self.ema is not None:
@@ -2442,10 +2536,12 @@ def compare_scores(
 ) -> pd.DataFrame:
     """Compare the AP of two models on the same bootstrap samples, so that what they share cancels.
 
-    `probs` and `baseline` may be (S, N, L), of S trainings whose scores are averaged.
+    `probs` and `baseline` may be (S, N, L), of S trainings whose scores are averaged. Of class
+    numbers (N,) the last line compares the top-1 accuracy.
     """
-    if "mAP" in label_columns:
-        raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
+    lines = ["mAP", "top-1"] if np.ndim(targets) == 1 else ["mAP"]
+    if taken := [name for name in lines if name in label_columns]:
+        raise ValueError(f"a label is named {taken[0]!r}, as a line for all labels; rename it.")
 
     def replicates(runs: Array) -> Array:
         shape, found = (len(targets), len(label_columns)), np.shape(runs)
@@ -2454,10 +2550,11 @@ def compare_scores(
             raise ValueError(f"probabilities of shape {found}: {expected}.")
         runs = np.reshape(runs, (-1, *shape))
         scores = [_replicates(targets, p, 0.5, groups, n_bootstrap, seed) for p in runs]
-        return np.mean([np.column_stack([one["AP"], one["mAP"]]) for one in scores], axis=0)
+        columns = [np.column_stack([one["AP"], *(one[name] for name in lines)]) for one in scores]
+        return np.mean(columns, axis=0)
 
     new, old = replicates(probs), replicates(baseline)
-    table = pd.DataFrame(index=pd.Index([*label_columns, "mAP"], name="label"))
+    table = pd.DataFrame(index=pd.Index([*label_columns, *lines], name="label"))
     table["baseline"], table["AP"], table["difference"] = old[0], new[0], new[0] - old[0]
     table["low"], table["high"] = _interval(new - old)
     return table
@@ -2575,7 +2672,7 @@ class _Views(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str, str]:
         item, (height, width) = self.images[index], _needed_size(self.transform)
-        name = str(item) if isinstance(item, (str, os.PathLike)) else f"image {index}"
+        name = str(item) if isinstance(item, PathLike) else f"image {index}"
         try:
             image = open_image(item, (height, width * (1 + self.halves)))
             if self.panorama and abs(image.width - 2 * image.height) > 0.02 * image.width:
@@ -2617,7 +2714,7 @@ class Classifier:
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
 
-    def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
+    def save(self, run_dir: PathLike, metrics: dict[str, float] | None = None) -> Path:
         """Write model.safetensors and best_classifier.json; of several processes in one only."""
         weights, path = Path(run_dir) / WEIGHTS, Path(run_dir) / "best_classifier.json"
         content = {"format_version": FORMAT_VERSION, **self.model.spec, **self.model.data_config}
@@ -2625,9 +2722,11 @@ class Classifier:
         for name in ("thresholds", "panorama_thresholds"):
             content[name] = getattr(self, name).tolist()
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
-        with _alone_in(path.parent, (path.parent / ".lock").exists()):  # where somebody trained
+        trained_in = _is_main() and (path.parent / ".lock").exists()  # by somebody who still may
+        with _alone_in(path.parent, trained_in):
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
             _write_json(path, content | {"validation": metrics or {}, "versions": versions})
+        _this_process().wait_for_everyone()
         return path
 
     @classmethod
@@ -2651,7 +2750,7 @@ class Classifier:
         return cls(model, labels, own, panorama_thresholds=whole, **options)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, labels: Sequence[str] | None = None) -> "Classifier":
+    def load(cls, path: PathLike, labels: Sequence[str] | None = None) -> "Classifier":
         """Load a best_classifier.json with these labels (None: any); safe with strangers' files."""
         path = _need_file(path, "run training.ipynb to make it")
         try:
@@ -2702,24 +2801,99 @@ class Classifier:
         `unreadable="skip"` leaves files out, see `.attrs["unreadable"]` of the table; `flip` looks
         at the mirror images, too, in twice the time (None: as it was saved).
         """
+        items = _as_items(images)
+        with tqdm(total=len(items), desc="classifying", leave=False, delay=2) as bar:
+            return self._logits_of(items, bar, batch_size, num_workers, unreadable, flip, panorama)[
+                0
+            ]
+
+    def _logits_of(
+        self,
+        items,
+        bar,
+        batch_size=32,
+        num_workers=0,
+        unreadable="raise",
+        flip=None,
+        panorama=False,
+    ):
         _check_choice("unreadable", unreadable, ("raise", "skip"))
         flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
-        views = _Views(_as_items(images), self.transform, panorama, halves)
+        views, busy = _Views(items, self.transform, panorama, halves), 0.0
         loader = make_loader(views, batch_size, num_workers=num_workers)
-        probs, names, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
+        loader = loader if num_workers else read_ahead(views, batch_size)
+        probs, names, failed = [np.empty((0, 1 + halves, len(self.labels)))], [], []
         with torch.inference_mode(), _autocast(self.model, self.device):
-            for batch, found, problems in tqdm(loader, "classifying", leave=False, delay=2):
-                errors += filter(None, problems)
-                if errors and unreadable == "raise":
-                    raise OSError(errors[0])
-                good = [not problem for problem in problems]
-                logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip)
+            for batch, found, problems in loader:
+                failed += [(name, problem) for name, problem in zip(found, problems) if problem]
+                if failed and unreadable == "raise":
+                    raise OSError(failed[0][1])
+                start, good = time.perf_counter(), [not problem for problem in problems]
+                logits = _logits_of(self.model, batch.flatten(0, 1).to(self.device), flip)
                 answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                busy += time.perf_counter() - start
                 probs.append(answers[good])
                 names += itertools.compress(found, good)
+                bar.update(len(found))
         table = self._table(names, np.concatenate(probs), panorama)
-        table.attrs["unreadable"] = errors
-        return table
+        table.attrs |= {"unreadable": [problem for _, problem in failed], "busy": busy}
+        return table, failed
+
+    def predict_to(
+        self,
+        images: Any,
+        path: PathLike,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        unreadable: str = "skip",
+        chunk: int = 1000,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Write what `predict` returns for any number of photos to a .csv or .parquet, in order.
+
+        They are a folder, a glob, a CSV with a column image_path, or a list of paths. PATH.parts/
+        keeps their list and every `chunk` that is done: stopped or killed, the same call goes on
+        from there. The processes of `accelerate launch` share the work. What cannot be read stands
+        in failed.csv, with the reason. Returns counts, and the share of time that the model waited.
+        """
+        path, state, start, busy, n = Path(path), _this_process(), time.perf_counter(), 0.0, 0
+        _check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
+        parts, main = path.with_name(f"{path.name}.parts"), state.is_main_process
+        if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+            raise ImportError(f"{path}: pip install pyarrow first, or take the suffix .csv.")
+        is_one = isinstance(images, (str, os.PathLike))
+        images = os.fspath(images) if is_one else [os.fspath(photo) for photo in images]
+        run = {"images": images if is_one else joblib.hash(images)}
+        run |= {"chunk": chunk, "classifier": self._fingerprint(), **options}
+        with _alone_in(parts, main, "classification", "file"), _going_on(parts):
+            if main:
+                _begin(parts, images, run)
+            state.wait_for_everyone()
+            n_photos = _read_state(parts / "plan.json", f"delete {parts} to begin again")["photos"]
+            done = {int(file.stem) for file in parts.glob(f"{'[0-9]' * 8}.csv")}
+            todo = sorted(set(range(-(-n_photos // chunk))) - done)
+            [todo] = broadcast_object_list([todo])  # of the first process: all see the same
+            mine = set(todo[state.process_index :: state.num_processes])
+            shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
+            with tqdm(**shown, unit=" photos", disable=not main or None) as bar:
+                for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
+                    found = self._logits_of(
+                        paths, bar, batch_size, num_workers, unreadable, **options
+                    )
+                    _write_chunk(parts, number, *found)
+                    busy, n = busy + found[0].attrs["busy"], n + len(paths)
+            state.wait_for_everyone()
+            if main:
+                panorama = options.get("panorama", False)
+                views = 1 + (panorama and self.view == "half")
+                example = self._table(["a"], np.zeros((1, views, len(self.labels))), panorama)
+                _join(parts, path, example)
+            state.wait_for_everyone()
+        if main:
+            (parts / "plan.json").unlink()  # first: what is left then is never taken for a run
+            shutil.rmtree(parts, ignore_errors=True)
+        seconds = time.perf_counter() - start
+        return {"photos": n, "photos_per_second": n / seconds, "waited": 1 - busy / seconds}
 
     def predict_panorama(
         self, images: Any, batch_size: int = 16, *options: Any, **named: Any
@@ -2746,6 +2920,11 @@ class Classifier:
             table.insert(1, "part", parts * len(names))
         return table.join(pd.DataFrame(rows, columns=[f"{name}_prob" for name in self.labels]))
 
+    def _fingerprint(self) -> str:
+        """Return what changes with weights, labels, thresholds and whatever else decides."""
+        weights = {k: v.float().cpu().numpy() for k, v in self.model.state_dict().items()}
+        return joblib.hash([weights, *(getattr(self, option.name) for option in fields(self)[1:])])
+
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
 
@@ -2767,14 +2946,122 @@ class Classifier:
         return np.concatenate(list(maps * strength[:, None, None]), axis=1)
 
 
+@contextlib.contextmanager
+def _going_on(parts: Path) -> Iterator[None]:
+    how = "the same call goes on from there"
+    try:
+        with _writing(parts, how):
+            yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{parts} keeps what is done; {how}") from None
+
+
+def _each_path(images: str | list[str]) -> Iterator[str]:
+    """Yield the paths of a folder, a CSV, a glob or a list, in its order."""
+    if not isinstance(images, str):
+        yield from images
+    elif os.path.isdir(images):
+        yield from map(str, iterate_images(images))
+    elif os.path.isfile(images):
+        yield from _read_paths(Path(images)) if images.lower().endswith(".csv") else [images]
+    elif glob.has_magic(images):
+        found = sorted(glob.iglob(images, recursive=True))
+        yield from (p for p in found if Path(p).suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        raise FileNotFoundError(f"{images}: no such folder, CSV or photo.")
+
+
+def _read_paths(table: Path) -> Iterator[str]:
+    with open(table, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        try:
+            if "image_path" not in (rows.fieldnames or ()):
+                raise _bad_line(table, 1, "expected a column image_path")
+            for row in rows:
+                if not row["image_path"]:
+                    raise _bad_line(table, rows.line_num, "no image_path")
+                yield _seen_from_here(table, row["image_path"])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{table}: no CSV of UTF-8 text ({error}).") from None
+
+
+def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
+    """List the photos, or check that what was begun is to go on."""
+    plan, fix = parts / "plan.json", f"delete {parts} to begin again"
+    if not plan.is_file():
+        for old in parts.glob("*.csv"):
+            old.unlink()
+        with replacing(parts / "paths.jsonl") as temporary, open(temporary, "w") as file:
+            n_photos = sum(file.write(json.dumps(photo) + "\n") > 0 for photo in _each_path(images))
+        if not n_photos:
+            raise FileNotFoundError(f"{images}: no image in it.")
+        _write_json(plan, run | {"photos": n_photos})
+    before = _read_state(plan, fix)
+    changed = [key for key, value in run.items() if before.get(key) != value]
+    if changed:
+        problem = f"{parts}: begun with another {_some(changed)}"
+        raise ValueError(f"{problem}; restore it to go on, or {fix}.")
+
+
+def _read_chunks(path: Path, size: int, wanted: set[int]) -> Iterator[tuple[int, list[str]]]:
+    with open(path, encoding="utf-8") as lines:
+        for number in itertools.count():
+            if not (some := list(itertools.islice(lines, size))):
+                return
+            if number in wanted:
+                yield number, [json.loads(line) for line in some]
+
+
+def _write_chunk(parts: Path, number: int, table: pd.DataFrame, failed: list) -> None:
+    """Write the failed ones first: with the other file a chunk is done."""
+    tables = {"failed.csv": pd.DataFrame(failed, columns=["image", "reason"]), "csv": table}
+    for suffix, rows in tables.items():
+        with replacing(parts / f"{number:08}.{suffix}", by_all=True) as temporary:
+            rows.to_csv(temporary, index=False, header=False, errors="backslashreplace")
+
+
+def _join(parts: Path, path: Path, example: pd.DataFrame) -> None:
+    """Put the chunks together under the columns of `example`; the failed ones first."""
+    before = path.stem.removesuffix("predictions").rstrip("_")
+    failed = path.with_name(f"{before}_failed.csv" if before else "failed.csv")
+    reasons = pd.DataFrame(columns=["image", "reason"])
+    for suffix, target, rows in (("failed.csv", failed, reasons), ("csv", path, example)):
+        chunks = sorted(parts.glob(f"{'[0-9]' * 8}.{suffix}"))
+        write = _join_parquet if target.suffix == ".parquet" else _join_csv
+        with replacing(target) as temporary:
+            write(chunks, temporary, rows)
+
+
+def _join_csv(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
+    with open(target, "wb") as file:
+        header = example.iloc[:0].to_csv(index=False)
+        file.write(header.encode("utf-8", "backslashreplace"))
+        for chunk in chunks:
+            with open(chunk, "rb") as rows:
+                shutil.copyfileobj(rows, file)
+
+
+def _join_parquet(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    schema = pyarrow.Schema.from_pandas(example, preserve_index=False).remove_metadata()
+    names = csv.ReadOptions(column_names=schema.names)
+    cells = csv.ParseOptions(newlines_in_values=True)
+    types = csv.ConvertOptions(column_types=schema)
+    with parquet.ParquetWriter(target, schema) as writer:
+        for chunk in filter(lambda chunk: chunk.stat().st_size, chunks):
+            writer.write_table(csv.read_csv(chunk, names, cells, types))
+
+
 def _as_items(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple, pd.Series)):
         return [item for image in images for item in _as_items(image)]
-    if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
+    if isinstance(images, PathLike) and Path(images).is_dir():
         return list_images(images)
     if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim not in (2, 3)):
         raise TypeError(f"array {images.shape} {images.dtype}: expected (H, W, 3) of uint8.")
-    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+    if isinstance(images, PathLike | Image.Image | np.ndarray):
         return [images]
     raise TypeError(f"{type(images).__name__}: expected an image, an array, a path or a folder.")
 
@@ -2833,16 +3120,15 @@ def show_images(
     titles: Sequence[str] | None = None,
     columns: int = 4,
     width: float = 2.6,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
     bar: str = "",
 ) -> plt.Figure:
-    """Draw images (paths, PIL, arrays or tensors), each `width` inches wide, in a grid.
+    """Draw images (paths, PIL or arrays), each `width` inches wide, in a grid.
 
-    Normalised tensors (3, H, W) are drawn as `x * std + mean`. `bar` names a colour bar of heat
-    maps, see `overlay_heat_map`.
+    `bar` names a colour bar of heat maps, see `overlay_heat_map`.
     """
-    pictures = [_as_picture(image, mean, std) for image in images]
+    paths = [isinstance(image, PathLike) for image in images]
+    pictures = [open_image(i, (384, 384)) if is_path else i for i, is_path in zip(images, paths)]
+    pictures = [np.asarray(picture) for picture in pictures]
     given = [str(title).encode(errors="backslashreplace") for title in titles or [""] * len(images)]
     lines = [title.decode().splitlines() for title in given]  # Matplotlib draws no lone surrogates
     texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in found) for found in lines]
@@ -2859,16 +3145,6 @@ def show_images(
     if bar:
         figure.colorbar(plt.cm.ScalarMappable(cmap="plasma"), ax=axes, label=bar, shrink=0.8)
     return figure
-
-
-def _as_picture(image: Any, mean: Any, std: Any) -> np.ndarray:
-    if not isinstance(image, torch.Tensor):
-        is_path = isinstance(image, (str, os.PathLike))
-        return np.asarray(open_image(image, (384, 384)) if is_path else image)
-    picture = image.cpu().numpy().transpose(1, 2, 0)
-    if mean is None and (picture.min() < 0 or picture.max() > 1):
-        raise ValueError("a tensor holds values outside 0 to 1; give its mean and std.")
-    return picture if mean is None else (picture * std + mean).clip(0, 1)
 
 
 def show_predictions(part: DataPartition, probs: Array, thresholds: Any, seed: int = 42) -> None:
@@ -3061,7 +3337,7 @@ def _report_mistakes(
     return ["Each photo, and beside it where the model looks for that label.", *drawn]
 
 
-def write_report(run_dir: str | os.PathLike, most: int = 8) -> Path:
+def write_report(run_dir: PathLike, most: int = 8) -> Path:
     """Write RUN_DIR/report.html, one page that needs no other file: data, training, test, mistakes.
 
     All is read from the run's files and its partitions; the `most` surest mistakes are shown.
