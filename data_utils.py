@@ -2087,6 +2087,8 @@ class Trainer:
 
     def _measured(self, config: TrainConfig, model: nn.Module, photos: Dataset) -> TrainConfig:
         """Put the fastest precision and layout into `config`; a resumed run keeps what it had."""
+        if not hasattr(model, "data_config"):  # a head alone: too small to be worth it
+            return replace(config, precision="auto")
         names, last = ("precision", "channels_last"), self.run_dir / "last" / "trainer.json"
         saved = _read_state(self.run_dir / "config.json") if last.is_file() else {}
         if all(saved.get(k) == v for k, v in asdict(config).items() if k not in {*names, *_FREE}):
