@@ -40,6 +40,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+# Threads of two trainings that spin while they wait take the cores from each other: a spin less
+# long. OpenMP reads it when torch is loaded, so this file is imported before.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import joblib
 import matplotlib.pyplot as plt
 import numpy as np

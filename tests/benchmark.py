@@ -27,10 +27,10 @@ from torchvision.io import decode_jpeg, read_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import load_notebook_functions  # noqa: E402
-
 import data_utils  # noqa: E402
 from demo_360 import draw_panorama, plan_survey  # noqa: E402
+
+from conftest import load_notebook_functions  # noqa: E402
 
 ROWS: list[tuple[str, str, str, str]] = []
 

@@ -2,6 +2,8 @@
 
 import re
 
+import data_utils as du
+
 import nbformat
 import numpy as np
 import pandas as pd
@@ -10,8 +12,6 @@ import timm
 import torch
 from conftest import ROOT
 from PIL import Image
-
-import data_utils as du
 
 TEXT = "\n".join(cell.source for cell in nbformat.read(ROOT / "training.ipynb", 4).cells)
 LARGE = ("vit_large", "vit_so400m", "eva02_large")  # built with 6 of their blocks, which are alike

@@ -8,15 +8,15 @@ import re
 import shutil
 from dataclasses import replace
 
+import data_utils as du
+import demo_360
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-
-import data_utils as du
-import demo_360
 
 TINY_SWIN = {"window_size": 4, "embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
 BACKBONES = {  # name, input size, timm arguments, grid of positions

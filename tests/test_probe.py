@@ -4,6 +4,8 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import data_utils as du
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,8 +15,6 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
-
-import data_utils as du
 
 NAN = float("nan")
 TINY_SWIN = {"window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}

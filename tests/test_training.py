@@ -12,6 +12,8 @@ import time
 import weakref
 from pathlib import Path
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,8 +23,6 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from torch import nn
 from torchvision.transforms import v2
-
-import data_utils as du
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")
