@@ -241,6 +241,11 @@ def list_images(folder: PathLike) -> list[Path]:
 
 def iterate_images(folder: PathLike) -> Iterator[Path]:
     """Yield what `list_images` returns, keeping the names of one folder at a time."""
+    return (Path(folder, name) for name in image_names(folder))
+
+
+def image_names(folder: PathLike) -> Iterator[str]:
+    """Yield the same as POSIX paths below `folder`: a million of them take a quarter the memory."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
@@ -248,19 +253,24 @@ def iterate_images(folder: PathLike) -> Iterator[Path]:
     unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
     root, seen = folder.resolve(), {folder.resolve()}
 
-    def walk(here: Path) -> Iterator[Path]:
-        for entry in sorted(os.scandir(here), key=lambda entry: os.path.normcase(entry.name)):
-            path, name = here / entry.name, entry.name.lower()
+    def walk(below: str) -> Iterator[str]:
+        entries = os.scandir(os.path.join(folder, below))
+        for entry in sorted(entries, key=lambda entry: os.path.normcase(entry.name)):
+            name = entry.name.lower()
             if entry.is_dir() and name[0] != "." and name not in unwanted:
-                real = path.resolve()  # a link within `folder`, or around it, shows nothing new
-                known = real.is_relative_to(root) or root.is_relative_to(real)
+                real = Path(entry.path).resolve()  # a link within `folder`, or around it, shows
+                known = real.is_relative_to(root) or root.is_relative_to(real)  # nothing new
                 if real not in seen and not (known and entry.is_symlink()):
                     seen.add(real)
-                    yield from walk(path)
-            elif name[0] != "." and path.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
-                yield path
+                    yield from walk(f"{below}{entry.name}/")
+            elif name[0] != "." and _suffix(name) in IMAGE_SUFFIXES and entry.is_file():
+                yield below + entry.name
 
-    yield from walk(folder)
+    yield from walk("")
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 # ---------------------------------------------------------------- labels
@@ -529,8 +539,7 @@ def to_targets(
 
 
 def _without_suffix(name: str) -> str:
-    path = Path(name)
-    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
+    return os.path.splitext(name)[0] if _suffix(name) in IMAGE_SUFFIXES else name
 
 
 def panorama_name(path: PathLike) -> str:
@@ -539,9 +548,9 @@ def panorama_name(path: PathLike) -> str:
 
 
 def panorama_groups(paths: pd.Series) -> pd.Series:
-    """Return the panorama of each path, also where class folders lie between its two halves."""
-    panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
-    file = paths.map(lambda p: _without_suffix(p.name))
+    """Return the panorama of each POSIX path, also where class folders part its two halves."""
+    panorama = paths.map(panorama_name)
+    file = paths.map(lambda path: _without_suffix(path.rpartition("/")[2]))
     name = file.map(panorama_name)
     # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
     alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
