@@ -1238,7 +1238,7 @@ class MLDecoder(nn.Module):
         return maps.repeat_interleave(self.labels_per_group, 1)[:, : self.num_labels]
 
 
-# A head of your own is a class like CSRA, with `forward`, `attention` and `bias`, and a name here.
+# A head of your own: a class with forward, attention, bias and frozen_rate (see CSRA), and a name.
 HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
 
 
@@ -3126,9 +3126,8 @@ def show_images(
 
     `bar` names a colour bar of heat maps, see `overlay_heat_map`.
     """
-    paths = [isinstance(image, PathLike) for image in images]
-    pictures = [open_image(i, (384, 384)) if is_path else i for i, is_path in zip(images, paths)]
-    pictures = [np.asarray(picture) for picture in pictures]
+    small = (384, 384)  # pixels: paths are decoded no larger than a grid can show
+    pictures = [np.asarray(open_image(i, small) if isinstance(i, PathLike) else i) for i in images]
     given = [str(title).encode(errors="backslashreplace") for title in titles or [""] * len(images)]
     lines = [title.decode().splitlines() for title in given]  # Matplotlib draws no lone surrogates
     texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in found) for found in lines]
