@@ -2730,6 +2730,7 @@ class Classifier:
         self.device = _fastest_device()
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
+        self.img_size = _needed_size(self.transform)  # height, width of what it looks at
 
     def save(self, run_dir: PathLike, metrics: dict[str, float] | None = None) -> Path:
         """Write model.safetensors and best_classifier.json; of several processes in one only."""
