@@ -1,12 +1,13 @@
 """Measure the speed figures of the README, each beside its alternative in one run.
 
-    python tests/benchmark.py
-    python tests/benchmark.py classes   # 0.1, 0.4 and 1.28 million photos in 1 000 classes
-    python tests/benchmark.py scores    # bootstrap intervals of 1 000 classes, of 100 labels
+    python tests/benchmark.py           all of them
+    python tests/benchmark.py loader    those with the word in their name
 
 Prints a Markdown table. Ratios carry over to other machines better than the times do.
 """
 
+import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -23,14 +24,15 @@ from cloudpickle import register_pickle_by_value
 from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from joblib import Parallel, delayed
 from PIL import Image
+from torchvision.io import decode_jpeg, read_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import load_notebook_functions  # noqa: E402
-
 import data_utils  # noqa: E402
 from demo_360 import draw_panorama, plan_survey  # noqa: E402
+
+from conftest import load_notebook_functions  # noqa: E402
 
 ROWS: list[tuple[str, str, str, str]] = []
 
@@ -86,6 +88,71 @@ def measure_decoding(folder: Path) -> None:
     report("the same from `cache_dir`", seconds(lambda: cached[0], 30), full, "full decoding")
 
 
+def decoders(path: Path, least: int) -> dict[str, Callable]:
+    """Return ways to decode a JPEG to at least `least` pixels a side, as an array (H, W, 3)."""
+    found = {
+        "Pillow, whole": lambda: np.asarray(Image.open(path).convert("RGB")),
+        "Pillow, scaled (here)": lambda: np.asarray(data_utils.open_image(path, (least, least))),
+        "torchvision.io.decode_jpeg": lambda: decode_jpeg(read_file(str(path))).numpy(),
+    }
+    with contextlib.suppress(ImportError):
+        import simplejpeg  # extra: may be left out
+
+        options = {"min_height": least, "min_width": least, "min_factor": 1}
+        data = path.read_bytes()
+        found["simplejpeg, scaled"] = lambda: simplejpeg.decode_jpeg(data, **options)
+        fast = options | {"fastdct": True, "fastupsample": True}
+        found["simplejpeg, scaled, fast"] = lambda: simplejpeg.decode_jpeg(data, **fast)
+    return found
+
+
+def measure_decoders(folder: Path) -> None:
+    """Compare the decoders on a camera's half for 384 px, with how far their pictures are off."""
+    [panorama] = write_photos(folder, 2976, 1)
+    Image.open(panorama).crop((0, 0, 2976, 2976)).save(folder / "half.jpg", quality=90)
+    shrunk, exact = {}, None
+    for name, decode in decoders(folder / "half.jpg", 430).items():
+        taken, pixels = seconds(decode, 7), decode()
+        pixels = pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels
+        small = np.asarray(Image.fromarray(pixels).resize((384, 384)), np.int16)
+        exact = small if exact is None else exact
+        shrunk[name] = taken
+        off = f"{np.abs(small - exact).mean():.2f} of 255 off"
+        ROWS.append(
+            (f"decoding 2976 × 2976 px for 384 px, {name}", f"{1e3 * taken:.1f} ms", off,
+             f"{shrunk['Pillow, whole'] / taken:.1f} ×")
+        )  # fmt: skip
+
+
+def measure_loader(folder: Path, n: int = 24) -> None:
+    """Count the photos per second of the loader alone, by workers, without and with the cache."""
+    paths = write_photos(folder, 2976, n // 2)
+    halves = []
+    for path in paths:
+        for left in (0, 2976):
+            halves.append(folder / f"{path.stem}_{left}.jpg")
+            Image.open(path).crop((left, 0, left + 2976, 2976)).save(halves[-1], quality=90)
+    model = data_utils.build_model("resnet10t", 1, pretrained=False, img_size=384)
+    df = pd.DataFrame({"image_path": [*map(str, halves)] * 4, "a": 1.0})
+    rates = {}
+    for cache in (None, folder / "loader_cache"):
+        data = data_utils.DataPartition(df, ["a"], data_utils.make_transforms(model, True), cache)
+        for i in range(n if cache else 0):
+            data[i]
+        for workers in (0, 1, 2):
+            loader = data_utils.make_loader(data, 16, True, workers)
+            start = time.perf_counter()
+            for _ in loader:
+                pass
+            rates[bool(cache), workers] = len(data) / (time.perf_counter() - start)
+    for (cached, workers), rate in rates.items():
+        name = (
+            f"the loader alone, {workers} workers, {'from `cache_dir`' if cached else 'decoding'}"
+        )
+        gain = rate / rates[False, 0]
+        ROWS.append((name, f"{rate:.0f} photos/s", "0 workers, decoding", f"{gain:.1f} ×"))
+
+
 def measure_split(folder: Path) -> None:
     """Compare the split into halves with a plain crop and save in one process."""
     panoramas = folder / "panoramas"
@@ -111,7 +178,7 @@ def measure_split(folder: Path) -> None:
     report("a 5952 × 2976 panorama to halves, all cores", *times, "one process, quality 75")
 
 
-def measure_partition() -> None:
+def measure_partition(_: Path) -> None:
     """Time the split and compare how far label rates are from equal."""
     split = load_notebook_functions("partitioning").group_stratified_split
     for n_groups in (200, 2000, 10_000):
@@ -137,7 +204,7 @@ def measure_partition() -> None:
         )  # fmt: skip
 
 
-def measure_channels_last() -> None:
+def measure_channels_last(_: Path) -> None:
     """Compare the memory layouts on a training step of EfficientNet-Lite0."""
     images, times = torch.randn(16, 3, 224, 224), {}
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -153,7 +220,7 @@ def measure_channels_last() -> None:
     )
 
 
-def measure_mldecoder() -> None:
+def measure_mldecoder(_: Path) -> None:
     """Compare 100 queries with full decoding, a query a label, at 1 000 labels: the head alone."""
     features, times = torch.randn(8, 2048, 7, 7), []
     for groups in (100, 1000):
@@ -167,92 +234,62 @@ def measure_mldecoder() -> None:
     report("ML-Decoder head a photo, 1 000 labels, 100 queries", *times, "1 000 queries")
 
 
-def megabytes(field: str, pid: int | str = "self") -> float:
-    """Return a line of /proc (Linux), e.g. VmHWM: the most memory that a process ever had."""
-    text = Path(f"/proc/{pid}/status" if field == "VmHWM" else f"/proc/{pid}/smaps_rollup")
-    return int(next(x for x in text.read_text().splitlines() if field in x).split()[1]) / 1e3
+STEPS = """
+import sys, time, timm, torch
+options = {"window_size": 4, "embed_dim": 32, "depths": (1, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
+model = timm.create_model("swinv2_tiny_window8_256", img_size=128, **options)
+images = torch.rand(16, 3, 128, 128)
+for seconds in map(float, sys.stdin):
+    end, steps = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(images).float().square().mean()
+        loss.backward()
+        steps += 1
+    print(steps / seconds, flush=True)
+"""
 
 
-def measure_classes(n: int) -> None:
-    """Read, group, split, write and read again `n` empty files in train/, 50 000 in val/."""
-    partitioning, times = load_notebook_functions("partitioning"), []
-    with tempfile.TemporaryDirectory() as folder:
-        root, out = f"{folder}/photos", Path(folder, "partitions")
-        for part, each in (("train", n // 1000), ("val", 50)):
-            for c in range(1000):
-                here = Path(root, part, f"n{c:08d}")
-                here.mkdir(parents=True)
-                for i in range(each):
-                    (here / f"{here.name}_{part}_{i}.JPEG").touch()
-        start, cpu = time.perf_counter(), time.process_time()
-        targets = partitioning.read_class_folders(root)
-        classes = targets.attrs["classes"]
-        df = partitioning.attach_images(targets, root, "panorama", class_depth=2)
-        held = df["image_path"].str.startswith(f"{root}/val/")
-        parts = partitioning.split_beside(df, held, classes)
-        for name, part in parts.items():
-            data_utils.write_partition(part, out / f"{name}_partition.csv", classes)
-        times += [time.perf_counter() - start, time.process_time() - cpu, megabytes("VmHWM")]
-        size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
-        del df, targets, parts, held
-        start = time.perf_counter()
-        train, labels = data_utils.read_partition(out / "train_partition.csv")
-        part = data_utils.DataPartition(train, labels, lambda image: torch.zeros(1))
-        times.append(time.perf_counter() - start)
-        del train
-        worker = measure_workers(part)
-    cells = "{:.1f} | {:.1f} | {:.0f} | {:.1f} |".format(*times)
-    print(f"| {n:,} + 50 000 | {cells} {size:.0f} | {worker:.0f} |", flush=True)
+def measure_threads(_: Path, rounds: int = 5) -> None:
+    """Count the steps of the demo's network, alone and two at a time, by how long threads spin."""
+    clean = {k: v for k, v in os.environ.items() if k[:4] not in ("OMP_", "GOMP")}
+    spins = {"as is": {}, "3000 (here)": {"GOMP_SPINCOUNT": "3000"}}
+    spins["passive"] = {"OMP_WAIT_POLICY": "passive"}
+    pipes, rates = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}, {}
+    with contextlib.ExitStack() as stack:
+        start = [sys.executable, "-c", STEPS]
+        runs = {
+            name: [
+                stack.enter_context(subprocess.Popen(start, env=clean | own, **pipes)) for _ in "ab"
+            ]
+            for name, own in spins.items()
+        }
+        for name, n, seconds in [(name, 2, 1) for name in runs] + rounds * [
+            (name, n, 3) for name in runs for n in (1, 2)
+        ]:
+            for run in runs[name][:n]:
+                print(seconds, file=run.stdin, flush=True)
+            found = [float(run.stdout.readline()) for run in runs[name][:n]]
+            rates.setdefault((name, n), []).append(statistics.mean(found))
+        for run in itertools.chain(*runs.values()):
+            run.stdin.close()
+    for (name, n), found in rates.items():
+        rate, usual = statistics.median(found), statistics.median(rates["as is", n])
+        what = f"training steps of the demo, {n} at a time, threads spin {name}"
+        ROWS.append((what, f"{rate:.1f} per s each", "as is", f"{rate / usual:.2f} ×"))
 
 
-def measure_workers(part: data_utils.DataPartition) -> float:
-    """Return how many MB of its own the larger of two workers has after reading every path."""
-    part._open_cached = data_utils.open_image = lambda *_: None  # the files are empty
-    loader = data_utils.make_loader(part, 1000, train=True, num_workers=2)
-    batches = iter(loader)
-    for _ in range(len(loader) - 5):
-        next(batches)
-    return max(megabytes("Private_Dirty", worker.pid) for worker in batches._workers)
-
-
-def measure_scores() -> None:
-    """Time the scores of 50 000 photos of 1 000 classes, and of 20 000 with 100 labels."""
-    rng = np.random.default_rng(0)
-    numbers = rng.integers(0, 1000, 50_000)
-    logits = rng.normal(size=(50_000, 1000)).astype(np.float32)
-    logits[np.arange(50_000), numbers] += 4  # top-1 near 75 %
-    start, cpu = time.perf_counter(), time.process_time()
-    names = [str(i) for i in range(1000)]
-    data_utils.score_labels(numbers, logits, names)
-    top = data_utils.summarize_scores(numbers, logits).loc[["top-1", "top-5"], "value"].tolist()
-    taken = time.perf_counter() - start, time.process_time() - cpu, megabytes("VmHWM")
-    print("50 000 × 1 000 classes: {:.0f} s, {:.0f} s of CPU, {:.0f} MB".format(*taken), top)
-    targets = (rng.random((20_000, 100)) < np.linspace(0.02, 0.4, 100)).astype(float)
-    probs = rng.random(targets.shape) * 0.7 + 0.3 * targets
-    start, cpu = time.perf_counter(), time.process_time()
-    data_utils.score_labels(targets, probs, names[:100])
-    taken = time.perf_counter() - start, time.process_time() - cpu
-    print("20 000 × 100 labels: {:.0f} s, {:.0f} s of CPU".format(*taken))
+MEASUREMENTS = (measure_decoding, measure_decoders, measure_loader, measure_split)
+MEASUREMENTS += (measure_partition, measure_channels_last, measure_mldecoder, measure_threads)
 
 
 def main() -> None:
-    if sys.argv[1:] == ["classes"]:  # each size in a process of its own: memory is its peak
-        print("| photos | s | s of CPU | MB | s to read again | MB of CSV | MB a worker |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        for n in ("100000", "400000", "1280000"):
-            subprocess.run([sys.executable, __file__, "classes", n], check=True)
-        return
-    if sys.argv[1:2] == ["classes"]:
-        return measure_classes(int(sys.argv[2]))
-    if sys.argv[1:] == ["scores"]:
-        return measure_scores()
+    """Run all measurements, or those whose names contain the word that is given."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        measure_decoding(Path(folder))
-        measure_split(Path(folder))
-    measure_partition()
-    measure_channels_last()
-    measure_mldecoder()
+    for measure in MEASUREMENTS:
+        if all(word in measure.__name__ for word in sys.argv[1:]):
+            with tempfile.TemporaryDirectory() as folder:
+                measure(Path(folder))
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| what | here | alternative | gain |\n|---|---|---|---|")
     for row in ROWS:

@@ -3,6 +3,8 @@
 import copy
 import pickle
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,8 +16,6 @@ from scipy.io import savemat
 from sklearn.metrics import average_precision_score
 from test_single_label import CLASSES, ColorNet, cross_entropy, draw, to_unit
 from torch.nn import functional as F
-
-import data_utils as du
 
 NAN = float("nan")
 ONE_HOT = np.eye(3)[[0, 2, 1, 0]]

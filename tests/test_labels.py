@@ -6,14 +6,6 @@ import json
 import string
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import pytest
-from conftest import checklist, data_row, labelled, load_notebook_functions, radio, text
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image
-
 from data_utils import (
     combine_halves,
     list_images,
@@ -22,6 +14,14 @@ from data_utils import (
     to_targets,
     write_partition,
 )
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import checklist, data_row, labelled, load_notebook_functions, radio, text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 partitioning = load_notebook_functions("partitioning")
 attach_images = partitioning.attach_images

@@ -2,6 +2,8 @@
 
 import math
 
+import data_utils as du
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,8 +11,6 @@ import pytest
 import torch
 from conftest import data_row, labelled, load_notebook_functions, radio
 from PIL import Image
-
-import data_utils as du
 
 partitioning = load_notebook_functions("partitioning")
 NAN = float("nan")
