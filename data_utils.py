@@ -11,7 +11,6 @@ import contextlib
 import copy
 import csv
 import difflib
-import functools
 import hashlib
 import inspect
 import io
@@ -67,9 +66,10 @@ from tqdm.auto import tqdm
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 VIEWS = ("half", "panorama")
+COMBINE = ("max", "noisy-or", "mean")  # of what both halves say
 PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
-FORMAT_VERSION = 3  # 1 knew no "activation", 2 had its weights in a pickle
+FORMAT_VERSION = 4  # 1 knew no "activation", 2 had weights in a pickle, 3 was not calibrated
 WEIGHTS = "model.safetensors"
 Array = np.ndarray
 Cuts = float | Sequence[float] | str
@@ -1339,18 +1339,36 @@ PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 
 def _fit_logistic(x, y, strength, exclusive):
     """Return weights (C + 1, L), the optimum of sklearn's LogisticRegression(C=strength)."""
-    weights = torch.zeros(x.shape[1] + 1, y.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def penalised(weights):
+        loss = _log_loss(x @ weights[:-1] + weights[-1], y, exclusive)
+        return (loss + weights[:-1].square().sum() / (2 * strength)) / len(x)
+
+    return _minimize(penalised, x.new_zeros(x.shape[1] + 1, y.shape[1]))
+
+
+def _minimize(convex, weights):
+    """Return the weights at which a convex function of them is lowest."""
+    optimizer = torch.optim.LBFGS(
+        [weights.requires_grad_()], max_iter=200, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
-        loss = _log_loss(x @ weights[:-1] + weights[-1], y, exclusive)
-        loss = (loss + weights[:-1].square().sum() / (2 * strength)) / len(x)
+        loss = convex(weights)
         loss.backward()
         return loss
 
     optimizer.step(closure)
     return weights.detach()
+
+
+def _folds(groups):
+    """Return rows to learn from and whole groups to judge by, up to five times; of one group none."""
+    if (n_folds := min(5, len(set(groups)))) < 2:
+        return []
+    splitter = GroupKFold(n_folds, shuffle=True, random_state=42)
+    return list(splitter.split(groups, groups=groups))
 
 
 def _log_loss(logits, y, exclusive):
@@ -1372,10 +1390,8 @@ def fit_probe(
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
     y = torch.as_tensor(np.asarray(targets), dtype=torch.float32)
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    x, losses, folds = (features - mean) / std, [], []  # no folds: the strongest penalty
-    if (n_folds := min(5, len(set(groups)))) > 1:
-        splitter = GroupKFold(n_folds, shuffle=True, random_state=42)
-        folds = list(splitter.split(x, groups=groups))
+    # without folds the strongest penalty
+    x, losses, folds = (features - mean) / std, [], _folds(groups)
     for strength in PROBE_STRENGTHS:
         total = 0.0
         for train, held_out in folds:
@@ -1501,10 +1517,29 @@ def _check_exclusive(part: DataPartition, name: str) -> None:
         raise ValueError(f"loss='ce': {problem}; use 'bce' where several labels may be present.")
 
 
-def _look(model: nn.Module, images: torch.Tensor, flip: bool) -> torch.Tensor:
-    """Return logits, with `flip` the mean of those of the images and of their mirror images."""
-    logits = model(images)
-    return (logits + model(images.flip(-1))) / 2 if flip else logits
+def _look(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 1) -> torch.Tensor:
+    """Return the mean logits of images in `rolls` even turns, with `flip` each mirrored as well."""
+    width = images.shape[-1]
+    views = [images.roll(turn * width // rolls, -1) for turn in range(rolls)]
+    views += [view.flip(-1) for view in views if flip]
+    return sum(model(view) for view in views) / len(views)
+
+
+@contextlib.contextmanager
+def _watch_features(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Give a list that gains, with every batch, what the last layer sees of it, (B, C)."""
+    found: list[torch.Tensor] = []
+
+    def keep(_, inputs):
+        features = inputs[0].float().cpu()
+        found.append(features.flatten(2).mean(-1) if features.ndim == 4 else features)
+
+    last = model.head if isinstance(model, _HeadedModel) else _last_layers(model)[0]
+    handle = last.register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
@@ -2289,16 +2324,131 @@ def find_optimal_thresholds(
     return table.assign(positives=positives, source=source)
 
 
+CALIBRATION_SPREADS = (0.0, 0.1, 0.3, 1.0)
+
+
+def _logits(probs: Array, exclusive: bool) -> torch.Tensor:
+    """Return logits (`exclusive`: logs) in double precision; 0 and 1 stay finite and apart."""
+    probs = torch.as_tensor(np.clip(np.asarray(probs, float), 1e-38, 1 - 1e-8))
+    return probs.log() if exclusive else probs.logit()
+
+
+def calibrate(probs: Array, calibration: Array | None, exclusive: bool = False) -> Array:
+    """Return probabilities (..., L) from logits that are scaled and shifted by (2, L).
+
+    The order of the photos within a label, and so its AP, stays as it is.
+    """
+    if calibration is None:
+        return np.asarray(probs)
+    slope, shift = np.asarray(calibration, float)
+    logits = _logits(probs, exclusive) * torch.tensor(slope) + torch.tensor(shift)
+    return (logits.softmax(-1) if exclusive else logits.sigmoid()).numpy()
+
+
+def _fit_slopes(z, y, spread, exclusive):
+    """Return slopes and shifts (2, L) at which z, scaled and shifted, has the lowest log loss.
+
+    They are 1 and 0 plus a change that all labels share and one of each label's own, both from
+    normal distributions; `spread` is the standard deviation of the latter.
+    """
+    scale = z.new_tensor([[3.0] + [spread] * y.shape[1]])  # 3: hardly held back
+    start = z.new_tensor([[1.0], [0.0]])
+
+    def lines(weights):
+        both = scale * weights
+        return start + both[:, :1] + both[:, 1:]
+
+    def penalised(weights):
+        slope, shift = lines(weights)
+        loss = _log_loss(z * slope + shift, y, exclusive)
+        return (loss + weights.square().sum() / 2) / len(z)
+
+    found = lines(_minimize(penalised, z.new_zeros(2, 1 + y.shape[1])))
+    found[0].clamp_(min=0.05)  # a label that cannot be told is not turned round
+    return found
+
+
+def fit_calibration(
+    probs: Array, targets: Array, groups: Groups = None, exclusive: bool = False
+) -> Array | None:
+    """Return slopes and shifts (2, L) for `calibrate`, fitted on validation.
+
+    Platt scaling in which labels with few positives lean on the others. How much, `groups` (N,)
+    left out in turn decide by their log loss; None if that is not lowered by more than its
+    standard error. `exclusive` classes share a slope, 1 / temperature (arXiv 1706.04599).
+    """
+    targets, probs = _as_scored(targets, probs)
+    z, y = _logits(probs, exclusive), torch.tensor(targets)
+    if not exclusive:
+        y = torch.where(y.isnan(), y, (y >= 0.5).double())
+    folds = _folds(np.arange(len(z)) if groups is None else np.asarray(groups))
+    losses = {None: [_log_loss(z[out], y[out], exclusive).item() for _, out in folds]}
+    for spread in CALIBRATION_SPREADS[: 1 if exclusive else None]:
+        fits = [(_fit_slopes(z[rows], y[rows], spread, exclusive), out) for rows, out in folds]
+        losses[spread] = [
+            _log_loss(z[out] * a + b, y[out], exclusive).item() for (a, b), out in fits
+        ]
+    spread = min(losses, key=lambda name: sum(losses[name]))
+    gain = np.subtract(losses[None], losses[spread])
+    if spread is None or gain.mean() <= gain.std(ddof=1) / len(gain) ** 0.5:
+        return None
+    return _fit_slopes(z, y, spread, exclusive).numpy()
+
+
+def find_bands(
+    probs: Array, targets: Array, precision: float = 0.95, min_positives: int = 10
+) -> Array:
+    """Return (2, L): absent is said below the first, present from the second probability on.
+
+    Of what is said either way, at least that share is right on validation; labels with (or
+    without) fewer than `min_positives` take the values of all labels together. Above 1 or at 0:
+    never said.
+    """
+    targets, probs = _as_scored(targets, probs)
+    cuts = []
+    for p, y in ((probs, targets), (1 - probs, 1 - targets)):
+        options = {"min_precision": precision, "min_positives": min_positives}
+        found = find_optimal_thresholds(p, y, range(p.shape[1]), **options)
+        missed = found["source"] == "global: precision not reached"
+        cuts.append(found["threshold"].mask(missed, 1.01))
+    high, low = cuts[0].to_numpy(), (1 - cuts[1].to_numpy()).clip(0)
+    middle = (low + high) / 2  # where both sides would be sure enough, nothing is left open
+    return np.where(low > high, middle, [low, high])
+
+
+def _choose_rules(
+    probs: Array, targets: Array, labels: list[str], groups: Groups, exclusive: bool = False
+) -> dict[str, Any]:
+    """Return what turns probabilities on validation into answers, calibration first."""
+    calibration = fit_calibration(probs, targets, groups, exclusive)
+    probs = calibrate(probs, calibration, exclusive)
+    if exclusive:  # the one class that is said is right, or nothing is said
+        judged = ~np.isnan(targets).any(1)
+        right = (targets.argmax(1) == probs.argmax(1))[judged, None].astype(float)
+        high = find_bands(probs.max(1)[judged, None], right)[1]
+        return {"calibration": calibration, "bands": np.outer([0, 1], high.repeat(len(labels)))}
+    found = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
+    bands = find_bands(probs, targets)
+    return {"calibration": calibration, "thresholds": found["threshold"], "bands": bands}
+
+
+def _combine(probs: Array, panorama: Sequence, combine: str) -> Array:
+    """Return a probability (P, L) of the views (N, L); "noisy-or": as if they were independent."""
+    _check_choice("combine", combine, COMBINE)
+    if combine == "noisy-or":
+        return 1 - (1 - pd.DataFrame(probs)).groupby(panorama, sort=False).prod().to_numpy()
+    return pd.DataFrame(probs).groupby(panorama, sort=False).agg(combine).to_numpy()
+
+
 def to_panorama_level(
-    df: pd.DataFrame, label_columns: Sequence[str], probs: Array
+    df: pd.DataFrame, label_columns: Sequence[str], probs: Array, combine: str = "max"
 ) -> tuple[Array, Array]:
-    """Return the targets of `combine_halves` and the higher probability of both halves, (P, L)."""
+    """Return the targets of `combine_halves` and one probability of both halves, (P, L)."""
     images, labels = df["image_path"].rename("image"), list(label_columns)
     targets = combine_halves(pd.concat([images, df[labels]], axis=1))
     panorama = images.map(panorama_name).to_numpy()
     _, probs = _as_scored(df[labels], probs)
-    highest = pd.DataFrame(probs).groupby(panorama, sort=False).max()
-    return targets[labels].to_numpy(float), highest.to_numpy()
+    return targets[labels].to_numpy(float), _combine(probs, panorama, combine)
 
 
 # ---------------------------------------------------------------- classifier
@@ -2341,9 +2491,17 @@ class Classifier:
     panorama_thresholds: Sequence[float] | None = None  # of panoramas that a half model answers
     activation: str = "sigmoid"  # "softmax": the most probable class is present, no thresholds
     flip: bool = False  # answer with the mean over a photo and its mirror image, in twice the time
+    rolls: int = 1  # and over so many turns of the whole sphere, in as many times the time
+    combine: str = "max"  # how halves answer for their panorama, see COMBINE; softmax: "mean"
+    calibration: Any = None  # (2, L), see `calibrate`; None: probabilities as they are
+    panorama_calibration: Any = None
+    bands: Any = None  # (2, L), see `find_bands`
+    panorama_bands: Any = None
+    usual: dict[str, list[float]] | None = None  # features of known photos, see `remember`
 
     def __post_init__(self) -> None:
         _check_choice("view", self.view, VIEWS)
+        _check_choice("combine", self.combine, COMBINE)
         _check_choice("activation", self.activation, ("sigmoid", "softmax"))
         model, whole = self.model, self.panorama_thresholds
         self.labels, self.thresholds = list(self.labels), np.asarray(self.thresholds, float)
@@ -2353,20 +2511,48 @@ class Classifier:
         if counts != ([n, 0, 0] if self.exclusive else [n, n, n]):
             found = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
             raise ValueError(f"{found} ({self.activation}) and {n} logits do not match.")
-        columns = ["image", "part", *self.labels, *(f"{name}_prob" for name in self.labels)]
+        self.combine = "mean" if self.exclusive else self.combine
+        self._check_rules()
+        columns = [
+            "image",
+            "part",
+            "novelty",
+            *self.labels,
+            *(f"{name}_prob" for name in self.labels),
+        ]
         if twice := [name for name in self.labels if columns.count(name) > 1]:
             raise ValueError(f"labels {_some(twice)}: names of columns of the table; rename them.")
+        if self.rolls > 1 and self.view == "half":
+            raise ValueError("rolls turn whole panoramas; a half turned round has a false seam.")
         self.device = _fastest_device()
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
+
+    def _check_rules(self) -> None:
+        """Make calibrations and bands arrays, (2, L) each if there are any."""
+        if self.usual is not None:
+            self.usual = {k: np.asarray(self.usual[k], float) for k in ("mean", "std", "distances")}
+        for name in ("calibration", "panorama_calibration", "bands", "panorama_bands"):
+            rule = getattr(self, name)
+            setattr(self, name, rule := None if rule is None else np.asarray(rule, float))
+            if rule is None:
+                continue
+            if rule.shape != (2, len(self.labels)) or not np.isfinite(rule).all():
+                raise ValueError(f"{name} {rule.shape}: expected (2, {len(self.labels)}) numbers.")
+            if "calibration" in name and rule[0].min() <= 0:
+                raise ValueError(f"{name}: slopes must be above 0, or the order would turn round.")
 
     def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
         """Write model.safetensors and best_classifier.json; of several processes in one only."""
         weights, path = Path(run_dir) / WEIGHTS, Path(run_dir) / "best_classifier.json"
         content = {"format_version": FORMAT_VERSION, **self.model.spec, **self.model.data_config}
         content |= {name: getattr(self, name) for name in ("labels", "view", "activation", "flip")}
-        for name in ("thresholds", "panorama_thresholds"):
-            content[name] = getattr(self, name).tolist()
+        content |= {"rolls": self.rolls, "combine": self.combine, "usual": None}
+        if self.usual is not None:
+            content["usual"] = {name: value.tolist() for name, value in self.usual.items()}
+        for name in ("thresholds", "calibration", "bands"):
+            for key in (name, f"panorama_{name}"):
+                content[key] = None if (rule := getattr(self, key)) is None else rule.tolist()
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
         with _alone_in(path.parent, (path.parent / ".lock").exists()):  # where somebody trained
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
@@ -2377,26 +2563,34 @@ class Classifier:
     def from_validation(
         cls, model: nn.Module, part: DataPartition, probs: Array, view: str = "half", **options: Any
     ) -> "Classifier":
-        """Take the thresholds with the best F1 of `probs` (N, L) on validation."""
+        """Take from `probs` (N, L) on validation what turns probabilities into answers.
+
+        The calibration, the thresholds with the best F1 after it and the bands without an answer;
+        for panoramas of two halves again, after the combination with the highest mAP.
+        """
         labels, options = part.label_columns, {"view": view, **options}
-        if options.get("activation", "sigmoid") != "sigmoid":
-            return cls(model, labels, **options)
-        find = functools.partial(find_optimal_thresholds, label_columns=labels, mode="shrunk")
-        own = find(probs, part.targets, groups=part.groups)["threshold"]
-        if view == "panorama":
-            return cls(model, labels, own, **options)
+        exclusive = options.get("activation", "sigmoid") == "softmax"
+        rules = _choose_rules(probs, part.targets, labels, part.groups, exclusive)
+        if exclusive or view == "panorama":
+            return cls(model, labels, **{"combine": "mean"} | rules | options)
         df = pd.DataFrame(part.targets, columns=labels)
         df.insert(0, "image_path", [str(path) for path in part.paths])
-        targets, highest = to_panorama_level(df, labels, probs)
-        whole = find(highest, targets)["threshold"]
-        return cls(model, labels, own, panorama_thresholds=whole, **options)
+        groups = pd.Series(part.groups).groupby(df["image_path"].map(panorama_name), sort=False)
+        probs = calibrate(probs, rules["calibration"])
+        found = {how: to_panorama_level(df, labels, probs, how) for how in COMBINE}
+        combine = max(found, key=lambda how: mean_average_precision(*found[how]))
+        targets, joint = found[combine]
+        whole = _choose_rules(joint, targets, labels, groups.first().to_numpy())
+        rules |= {f"panorama_{name}": rule for name, rule in whole.items()} | {"combine": combine}
+        return cls(model, labels, **rules | options)
 
     @classmethod
     def load(cls, path: str | os.PathLike, labels: Sequence[str] | None = None) -> "Classifier":
         """Load a best_classifier.json with these labels (None: any); safe with strangers' files."""
         path = _need_file(path, "run training.ipynb to make it")
         try:
-            content = {"flip": False} | json.loads(path.read_text(encoding="utf-8"))
+            newer = {option.name: option.default for option in fields(cls)[6:]}
+            content = newer | json.loads(path.read_text(encoding="utf-8"))
             if content["format_version"] == 1:
                 content |= {"activation": "sigmoid"}
             _check_description(content)
@@ -2436,52 +2630,110 @@ class Classifier:
         unreadable: str = "raise",
         flip: bool | None = None,
         panorama: bool = False,
+        abstain: bool = False,
     ) -> pd.DataFrame:
         """Classify images as they are: one line each with a 0/1 decision and LABEL_prob per label.
 
         They are a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
         `unreadable="skip"` leaves files out, see `.attrs["unreadable"]` of the table; `flip` looks
-        at the mirror images, too, in twice the time (None: as it was saved).
+        at the mirror images, too, in twice the time (None: as it was saved). With `abstain`,
+        decisions that are not sure enough stay empty, see `find_bands`, and "novelty" is the share
+        of known photos that were less unusual, see `remember`: near 1, do not trust the line.
+        """
+        if abstain and self.bands is None:
+            raise ValueError("abstain needs bands; from_validation chooses them.")
+        flip, features = self.flip if flip is None else flip, [] if abstain and self.usual else None
+        found = self._classify(
+            images, batch_size, num_workers, unreadable, flip, panorama, features
+        )
+        names, probs, errors = found
+        table = self._table(names, probs, panorama, abstain)
+        if features is not None:
+            novelty = self._novelty(torch.cat(features).numpy()) if names else np.empty((0, 1))
+            both = np.column_stack([novelty, novelty.max(1)]) if probs.shape[1] == 2 else novelty
+            table.insert(1 + panorama, "novelty", both.ravel())
+        table.attrs["unreadable"] = errors
+        return table
+
+    def _classify(self, images, batch_size, num_workers, unreadable, flip, panorama, features):
+        """Return names, probabilities (N, V, L) of the model itself, and what could not be read.
+
+        Appends to the list `features`, if it is one, what the last layer sees of them (n, V, C).
         """
         _check_choice("unreadable", unreadable, ("raise", "skip"))
-        flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
+        halves = panorama and self.view == "half"
         views = _Views(_as_items(images), self.transform, panorama, halves)
         loader = make_loader(views, batch_size, num_workers=num_workers)
         probs, names, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
-        with torch.inference_mode(), _autocast(self.model, self.device):
+        watch = contextlib.nullcontext() if features is None else _watch_features(self.model)
+        with torch.inference_mode(), _autocast(self.model, self.device), watch as seen:
             for batch, found, problems in tqdm(loader, "classifying", leave=False, delay=2):
                 errors += filter(None, problems)
                 if errors and unreadable == "raise":
                     raise OSError(errors[0])
-                good = [not problem for problem in problems]
-                logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip)
-                answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
-                probs.append(answers[good])
+                good, size = [not problem for problem in problems], batch.shape[:2]
+                logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls)
+                probs.append(_to_probs(logits, self.exclusive).reshape(*size, -1)[good])
+                if features is not None:
+                    features.append(seen[0].unflatten(0, size)[good])
+                    seen.clear()
                 names += itertools.compress(found, good)
-        table = self._table(names, np.concatenate(probs), panorama)
-        table.attrs["unreadable"] = errors
-        return table
+        return names, np.concatenate(probs), errors
+
+    def remember(self, images: Any, batch_size: int = 32, num_workers: int = 0) -> None:
+        """Keep what photos like those it learnt from look like to its last layer."""
+        features: list[torch.Tensor] = []
+        self._classify(images, batch_size, num_workers, "raise", False, False, features)
+        found = torch.cat(features).flatten(0, 1).double().numpy()
+        self.usual = {"mean": found.mean(0), "std": found.std(0) + 1e-6}
+        self.usual["distances"] = np.quantile(self._distance(found), np.linspace(0, 1, 101))
+
+    def _distance(self, features: Array) -> Array:
+        """Return how many standard deviations features (..., C) are away, per channel."""
+        away = (features - self.usual["mean"]) / self.usual["std"]
+        return np.sqrt((away**2).mean(-1))
+
+    def _novelty(self, features: Array) -> Array:
+        return (
+            np.searchsorted(self.usual["distances"], self._distance(features)).clip(max=100) / 100
+        )
 
     def predict_panorama(
         self, images: Any, batch_size: int = 16, *options: Any, **named: Any
     ) -> pd.DataFrame:
         """Classify whole 2:1 panoramas, as `predict`, with a column part.
 
-        A model of halves answers for "left", "right" and "panorama": the higher probability of both
-        (softmax: the mean) against thresholds that were tuned for panoramas.
+        A model of halves answers for "left", "right" and "panorama": both probabilities combined
+        as was best on validation, against thresholds that were tuned for panoramas.
         """
         return self.predict(images, batch_size, *options, panorama=True, **named)
 
-    def _table(self, names: Sequence[str], probs: np.ndarray, panorama: bool) -> pd.DataFrame:
+    def calibrate(self, probs: Array) -> Array:
+        """Return what `predict` makes of the probabilities (..., L) of the model itself."""
+        return calibrate(probs, self.calibration, self.exclusive)
+
+    def _table(
+        self, names: Sequence[str], probs: Array, panorama: bool, abstain: bool
+    ) -> pd.DataFrame:
         """Return one line per image and view of `probs` (N, V, L), and one for both halves."""
-        parts, cuts = ["panorama"], self.thresholds
+        parts, levels, n_labels = ["panorama"], [""], len(self.labels)
+        probs = self.calibrate(probs)
         if probs.shape[1] == 2:
-            parts, cuts = ["left", "right", "panorama"], [cuts, cuts, self.panorama_thresholds]
-            joint = probs.mean(1) if self.exclusive else probs.max(1)
+            parts, levels = ["left", "right", "panorama"], ["", "", "panorama_"]
+            joint = _combine(
+                probs.reshape(-1, n_labels), np.arange(2 * len(probs)) // 2, self.combine
+            )
+            joint = calibrate(joint, self.panorama_calibration, self.exclusive)
             probs = np.concatenate([probs, joint[:, None]], axis=1)
-        rows = probs.reshape(-1, len(self.labels))
+        rows = probs.reshape(-1, n_labels)
+        cuts = [getattr(self, f"{level}thresholds") for level in levels]
+        if abstain:
+            low, cuts = np.stack([getattr(self, f"{level}bands") for level in levels], axis=1)
+            sure = probs.max(-1, keepdims=True) if self.exclusive else probs
+            unsure = ((sure >= low) & (sure < cuts)).reshape(rows.shape)
         present = _most_probable(rows) if self.exclusive else (probs >= cuts).reshape(rows.shape)
         table = pd.DataFrame(present.astype(int), columns=self.labels)
+        table = table.astype("Int64").mask(unsure) if abstain else table
         table.insert(0, "image", [name for name in names for _ in parts])
         if panorama:
             table.insert(1, "part", parts * len(names))
