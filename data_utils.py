@@ -2864,6 +2864,28 @@ def _as_picture(image: Any, mean: Any, std: Any) -> np.ndarray:
     return picture if mean is None else (picture * std + mean).clip(0, 1)
 
 
+def show_predictions(part: DataPartition, probs: Array, thresholds: Any, seed: int = 42) -> None:
+    """Draw nine photos of a part; below each, of what is known, what is right, missed and wrong."""
+    shown = np.sort(np.random.default_rng(seed).permutation(len(part.paths))[:9])
+    figure = show_images([part.paths[i] for i in shown], columns=3)
+    figure.get_layout_engine().set(h_pad=0.28)  # inches: room for the lines below
+    present, reported = part.targets >= 0.5, probs >= np.asarray(thresholds)
+    kinds = [
+        ("right", present & reported, "tab:green"),
+        ("missed", present & ~reported, "chocolate"),
+    ]
+    kinds += [("wrong", (part.targets < 0.5) & reported, "tab:red")]
+    place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+    for i, axis in zip(shown, figure.axes):
+        below = 3  # points
+        for word, cells, color in kinds:
+            if cells[i].any():
+                names = ", ".join(itertools.compress(part.label_columns, cells[i]))
+                text = textwrap.fill(f"{word}: {names}", 39)
+                axis.annotate(text, (0, 0), (0, -below), color=color, fontsize=8, **place)
+                below += 11 * (text.count("\n") + 1)
+
+
 def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> np.ndarray:
     """Return a photo (H, W, 3) under a heat map from 0 to 1; `opacity` is that of a 1."""
     photo = open_image(image, (384, 384))

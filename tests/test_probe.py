@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -590,14 +591,24 @@ def test_run_reads_only_the_parts_that_it_is_asked_for(survey):
 # ---------------------------------------------------------------- photos with their labels
 
 
-def test_predictions_are_marked_right_missed_and_wrong(notebook_functions):
-    photos = [np.zeros((8, 8, 3), np.uint8)] * 2
+def test_predictions_are_marked_right_missed_and_wrong():
     targets = np.array([[1, 1, 0, NAN], [0, 0, 0, 0]])
     probs = np.array([[0.9, 0.1, 0.8, 0.9], [0.1, 0.1, 0.1, 0.1]])
-    nb = notebook_functions("training")
-    nb.label_columns = list("abcd")
-    nb.show_predictions(photos, targets, probs, [0.5] * 4)
-    figure = plt.gcf()
-    texts = [[text.get_text() for text in axis.texts] for axis in figure.axes[:2]]
+    photos = [np.zeros((8, 8, 3), np.uint8)] * 2
+    part = SimpleNamespace(paths=photos, targets=targets, label_columns=list("abcd"))
+    du.show_predictions(part, probs, [0.5] * 4)
+    texts = [[text.get_text() for text in axis.texts] for axis in plt.gcf().axes[:2]]
     assert texts == [["right: a", "missed: b", "wrong: c"], []]  # of d nobody knows
-    plt.close(figure)
+    plt.close()
+
+
+def test_nine_photos_are_drawn_each_with_its_own_answers():
+    labels = list("abcdefghijklmnopqrst")
+    photos = [np.full((8, 8, 3), 10 * i, np.uint8) for i in range(20)]
+    part = SimpleNamespace(paths=photos, targets=np.eye(20), label_columns=labels)
+    du.show_predictions(part, np.eye(20), np.full(20, 0.5), seed=1)
+    axes = plt.gcf().axes
+    drawn = [axis.images[0].get_array()[0, 0, 0] // 10 for axis in axes]
+    assert len(set(drawn)) == 9
+    assert [axis.texts[0].get_text() for axis in axes] == [f"right: {labels[i]}" for i in drawn]
+    plt.close()
