@@ -1364,7 +1364,7 @@ def _minimize(convex, weights):
 
 
 def _folds(groups):
-    """Return rows to learn from and whole groups to judge by, up to five times; of one group none."""
+    """Return rows to learn from and rows of other groups to judge by, five times if it can be."""
     if (n_folds := min(5, len(set(groups)))) < 2:
         return []
     splitter = GroupKFold(n_folds, shuffle=True, random_state=42)
@@ -1523,23 +1523,6 @@ def _look(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 1) ->
     views = [images.roll(turn * width // rolls, -1) for turn in range(rolls)]
     views += [view.flip(-1) for view in views if flip]
     return sum(model(view) for view in views) / len(views)
-
-
-@contextlib.contextmanager
-def _watch_features(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Give a list that gains, with every batch, what the last layer sees of it, (B, C)."""
-    found: list[torch.Tensor] = []
-
-    def keep(_, inputs):
-        features = inputs[0].float().cpu()
-        found.append(features.flatten(2).mean(-1) if features.ndim == 4 else features)
-
-    last = model.head if isinstance(model, _HeadedModel) else _last_layers(model)[0]
-    handle = last.register_forward_pre_hook(keep)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
@@ -2401,19 +2384,17 @@ def find_bands(
     """Return (2, L): absent is said below the first, present from the second probability on.
 
     Of what is said either way, at least that share is right on validation; labels with (or
-    without) fewer than `min_positives` take the values of all labels together. Above 1 or at 0:
-    never said.
+    without) fewer than `min_positives` take the bounds of all labels together. Below 0 or
+    above 1: never said.
     """
     targets, probs = _as_scored(targets, probs)
-    cuts = []
-    for p, y in ((probs, targets), (1 - probs, 1 - targets)):
-        options = {"min_precision": precision, "min_positives": min_positives}
-        found = find_optimal_thresholds(p, y, range(p.shape[1]), **options)
-        missed = found["source"] == "global: precision not reached"
-        cuts.append(found["threshold"].mask(missed, 1.01))
-    high, low = cuts[0].to_numpy(), (1 - cuts[1].to_numpy()).clip(0)
-    middle = (low + high) / 2  # where both sides would be sure enough, nothing is left open
-    return np.where(low > high, middle, [low, high])
+    bounds = []
+    for p, y in ((1 - probs, 1 - targets), (probs, targets)):
+        cuts, reached = _best_cuts(y, p, 1.0, precision)
+        cuts = np.where(reached < 0, 1.01, cuts)
+        bounds.append(np.where((y >= 0.5).sum(0) < min_positives, cuts[-1], cuts[:-1]))
+    low, high = 1 - bounds[0], bounds[1]
+    return np.where(low > high, (low + high) / 2, [low, high])  # then no answer is left open
 
 
 def _choose_rules(
@@ -2501,7 +2482,6 @@ class Classifier:
 
     def __post_init__(self) -> None:
         _check_choice("view", self.view, VIEWS)
-        _check_choice("combine", self.combine, COMBINE)
         _check_choice("activation", self.activation, ("sigmoid", "softmax"))
         model, whole = self.model, self.panorama_thresholds
         self.labels, self.thresholds = list(self.labels), np.asarray(self.thresholds, float)
@@ -2511,52 +2491,46 @@ class Classifier:
         if counts != ([n, 0, 0] if self.exclusive else [n, n, n]):
             found = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
             raise ValueError(f"{found} ({self.activation}) and {n} logits do not match.")
-        self.combine = "mean" if self.exclusive else self.combine
         self._check_rules()
-        columns = [
-            "image",
-            "part",
-            "novelty",
-            *self.labels,
-            *(f"{name}_prob" for name in self.labels),
-        ]
+        columns = ["image", "part", *self.labels, *(f"{name}_prob" for name in self.labels)]
         if twice := [name for name in self.labels if columns.count(name) > 1]:
             raise ValueError(f"labels {_some(twice)}: names of columns of the table; rename them.")
-        if self.rolls > 1 and self.view == "half":
-            raise ValueError("rolls turn whole panoramas; a half turned round has a false seam.")
         self.device = _fastest_device()
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
 
     def _check_rules(self) -> None:
-        """Make calibrations and bands arrays, (2, L) each if there are any."""
+        """Make arrays of calibrations and bands, (2, L), and of what is usual."""
+        _check_choice("combine", self.combine, COMBINE)
+        self.combine = "mean" if self.exclusive else self.combine
+        if self.rolls not in range(1, 2 if self.view == "half" else 65):
+            raise ValueError("rolls (1 to 64) turn whole panoramas; a turned half has a seam.")
+        shape = (2, len(self.labels))
+        for name in ("calibration", "panorama_calibration", "bands", "panorama_bands"):
+            if getattr(self, name) is not None:
+                setattr(self, name, rule := np.asarray(getattr(self, name), float))
+                wrong = rule.shape != shape or not np.isfinite(rule).all()
+                if wrong or name.endswith("calibration") and rule[0].min() <= 0:
+                    raise ValueError(f"{name}: expected {shape} numbers, slopes above 0.")
         if self.usual is not None:
             self.usual = {k: np.asarray(self.usual[k], float) for k in ("mean", "std", "distances")}
-        for name in ("calibration", "panorama_calibration", "bands", "panorama_bands"):
-            rule = getattr(self, name)
-            setattr(self, name, rule := None if rule is None else np.asarray(rule, float))
-            if rule is None:
-                continue
-            if rule.shape != (2, len(self.labels)) or not np.isfinite(rule).all():
-                raise ValueError(f"{name} {rule.shape}: expected (2, {len(self.labels)}) numbers.")
-            if "calibration" in name and rule[0].min() <= 0:
-                raise ValueError(f"{name}: slopes must be above 0, or the order would turn round.")
 
     def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
         """Write model.safetensors and best_classifier.json; of several processes in one only."""
         weights, path = Path(run_dir) / WEIGHTS, Path(run_dir) / "best_classifier.json"
         content = {"format_version": FORMAT_VERSION, **self.model.spec, **self.model.data_config}
         content |= {name: getattr(self, name) for name in ("labels", "view", "activation", "flip")}
-        content |= {"rolls": self.rolls, "combine": self.combine, "usual": None}
-        if self.usual is not None:
-            content["usual"] = {name: value.tolist() for name, value in self.usual.items()}
+        content |= {"rolls": self.rolls, "combine": self.combine}
+        usual = None if self.usual is None else {k: v.tolist() for k, v in self.usual.items()}
         for name in ("thresholds", "calibration", "bands"):
             for key in (name, f"panorama_{name}"):
                 content[key] = None if (rule := getattr(self, key)) is None else rule.tolist()
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
         with _alone_in(path.parent, (path.parent / ".lock").exists()):  # where somebody trained
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
-            _write_json(path, content | {"validation": metrics or {}, "versions": versions})
+            _write_json(
+                path, content | {"validation": metrics or {}, "versions": versions, "usual": usual}
+            )
         return path
 
     @classmethod
@@ -2572,7 +2546,7 @@ class Classifier:
         exclusive = options.get("activation", "sigmoid") == "softmax"
         rules = _choose_rules(probs, part.targets, labels, part.groups, exclusive)
         if exclusive or view == "panorama":
-            return cls(model, labels, **{"combine": "mean"} | rules | options)
+            return cls(model, labels, **rules | options)
         df = pd.DataFrame(part.targets, columns=labels)
         df.insert(0, "image_path", [str(path) for path in part.paths])
         groups = pd.Series(part.groups).groupby(df["image_path"].map(panorama_name), sort=False)
@@ -2637,66 +2611,28 @@ class Classifier:
         They are a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
         `unreadable="skip"` leaves files out, see `.attrs["unreadable"]` of the table; `flip` looks
         at the mirror images, too, in twice the time (None: as it was saved). With `abstain`,
-        decisions that are not sure enough stay empty, see `find_bands`, and "novelty" is the share
-        of known photos that were less unusual, see `remember`: near 1, do not trust the line.
-        """
-        if abstain and self.bands is None:
-            raise ValueError("abstain needs bands; from_validation chooses them.")
-        flip, features = self.flip if flip is None else flip, [] if abstain and self.usual else None
-        found = self._classify(
-            images, batch_size, num_workers, unreadable, flip, panorama, features
-        )
-        names, probs, errors = found
-        table = self._table(names, probs, panorama, abstain)
-        if features is not None:
-            novelty = self._novelty(torch.cat(features).numpy()) if names else np.empty((0, 1))
-            both = np.column_stack([novelty, novelty.max(1)]) if probs.shape[1] == 2 else novelty
-            table.insert(1 + panorama, "novelty", both.ravel())
-        table.attrs["unreadable"] = errors
-        return table
-
-    def _classify(self, images, batch_size, num_workers, unreadable, flip, panorama, features):
-        """Return names, probabilities (N, V, L) of the model itself, and what could not be read.
-
-        Appends to the list `features`, if it is one, what the last layer sees of them (n, V, C).
+        decisions that are not sure enough stay empty, see `find_bands`.
         """
         _check_choice("unreadable", unreadable, ("raise", "skip"))
-        halves = panorama and self.view == "half"
+        if abstain and self.bands is None:
+            raise ValueError("abstain=True needs the bands that from_validation chooses.")
+        flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
         views = _Views(_as_items(images), self.transform, panorama, halves)
         loader = make_loader(views, batch_size, num_workers=num_workers)
         probs, names, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
-        watch = contextlib.nullcontext() if features is None else _watch_features(self.model)
-        with torch.inference_mode(), _autocast(self.model, self.device), watch as seen:
+        with torch.inference_mode(), _autocast(self.model, self.device):
             for batch, found, problems in tqdm(loader, "classifying", leave=False, delay=2):
                 errors += filter(None, problems)
                 if errors and unreadable == "raise":
                     raise OSError(errors[0])
-                good, size = [not problem for problem in problems], batch.shape[:2]
+                good = [not problem for problem in problems]
                 logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls)
-                probs.append(_to_probs(logits, self.exclusive).reshape(*size, -1)[good])
-                if features is not None:
-                    features.append(seen[0].unflatten(0, size)[good])
-                    seen.clear()
+                answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                probs.append(answers[good])
                 names += itertools.compress(found, good)
-        return names, np.concatenate(probs), errors
-
-    def remember(self, images: Any, batch_size: int = 32, num_workers: int = 0) -> None:
-        """Keep what photos like those it learnt from look like to its last layer."""
-        features: list[torch.Tensor] = []
-        self._classify(images, batch_size, num_workers, "raise", False, False, features)
-        found = torch.cat(features).flatten(0, 1).double().numpy()
-        self.usual = {"mean": found.mean(0), "std": found.std(0) + 1e-6}
-        self.usual["distances"] = np.quantile(self._distance(found), np.linspace(0, 1, 101))
-
-    def _distance(self, features: Array) -> Array:
-        """Return how many standard deviations features (..., C) are away, per channel."""
-        away = (features - self.usual["mean"]) / self.usual["std"]
-        return np.sqrt((away**2).mean(-1))
-
-    def _novelty(self, features: Array) -> Array:
-        return (
-            np.searchsorted(self.usual["distances"], self._distance(features)).clip(max=100) / 100
-        )
+        table = self._table(names, np.concatenate(probs), panorama, abstain)
+        table.attrs["unreadable"] = errors
+        return table
 
     def predict_panorama(
         self, images: Any, batch_size: int = 16, *options: Any, **named: Any
@@ -2716,16 +2652,14 @@ class Classifier:
         self, names: Sequence[str], probs: Array, panorama: bool, abstain: bool
     ) -> pd.DataFrame:
         """Return one line per image and view of `probs` (N, V, L), and one for both halves."""
-        parts, levels, n_labels = ["panorama"], [""], len(self.labels)
-        probs = self.calibrate(probs)
+        parts, levels, probs = ["panorama"], [""], self.calibrate(probs)
         if probs.shape[1] == 2:
             parts, levels = ["left", "right", "panorama"], ["", "", "panorama_"]
-            joint = _combine(
-                probs.reshape(-1, n_labels), np.arange(2 * len(probs)) // 2, self.combine
-            )
+            photo = np.arange(len(names)).repeat(2)
+            joint = _combine(probs.reshape(len(photo), -1), photo, self.combine)
             joint = calibrate(joint, self.panorama_calibration, self.exclusive)
             probs = np.concatenate([probs, joint[:, None]], axis=1)
-        rows = probs.reshape(-1, n_labels)
+        rows = probs.reshape(-1, len(self.labels))
         cuts = [getattr(self, f"{level}thresholds") for level in levels]
         if abstain:
             low, cuts = np.stack([getattr(self, f"{level}bands") for level in levels], axis=1)
@@ -2734,10 +2668,38 @@ class Classifier:
         present = _most_probable(rows) if self.exclusive else (probs >= cuts).reshape(rows.shape)
         table = pd.DataFrame(present.astype(int), columns=self.labels)
         table = table.astype("Int64").mask(unsure) if abstain else table
-        table.insert(0, "image", [name for name in names for _ in parts])
+        lines = [name for name in names for _ in parts]
+        table.insert(0, "image", pd.Series(lines, dtype=object))  # pyarrow takes no odd file names
         if panorama:
             table.insert(1, "part", parts * len(names))
         return table.join(pd.DataFrame(rows, columns=[f"{name}_prob" for name in self.labels]))
+
+    def _features(self, images: Any, batch_size: int, num_workers: int) -> Array:
+        """Return what the last layer sees of paths, (N, C)."""
+        part = DataPartition(pd.DataFrame({"image_path": _as_items(images)}), [], self.transform)
+        pooled = not isinstance(self.model, _HeadedModel)
+        found = extract_features(self.model, part, batch_size, num_workers, pooled)
+        return (found if pooled else found.mean((2, 3))).double().numpy()
+
+    def _distance(self, features: Array) -> Array:
+        away = (features - self.usual["mean"]) / self.usual["std"]
+        return np.sqrt((away**2).mean(1))  # (N,), in standard deviations per channel
+
+    def remember(self, images: Any, batch_size: int = 32, num_workers: int = 0) -> None:
+        """Keep what the photos (paths or a folder) that it learnt from are like, for `novelty`."""
+        found = self._features(images, batch_size, num_workers)
+        self.usual = {"mean": found.mean(0), "std": found.std(0) + 1e-6}
+        self.usual["distances"] = np.quantile(self._distance(found), np.linspace(0, 1, 101))
+
+    def novelty(self, images: Any, batch_size: int = 32, num_workers: int = 0) -> Array:
+        """Return the share of remembered photos that lie nearer to their middle, (N,), 0 to 1.
+
+        From 0.99 on a photo is unlike what was trained on: do not trust its answers.
+        """
+        if self.usual is None:
+            raise ValueError("novelty needs remember(photos) of the training part first.")
+        found = self._distance(self._features(images, batch_size, num_workers))
+        return np.searchsorted(self.usual["distances"], found).clip(max=100) / 100
 
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
@@ -2786,8 +2748,14 @@ def _check_description(content: dict) -> None:
     version, newest = content["format_version"], FORMAT_VERSION
     if version not in range(1, newest + 1):
         raise ValueError(f"format_version {version}, expected 1 to {newest}.")
-    kinds = {str: "model_name head weights sha256 view activation interpolation", bool: "flip"}
-    kinds |= {list: "labels img_size thresholds panorama_thresholds mean std", int: "num_labels"}
+    kinds = {
+        str: "model_name head weights sha256 view activation interpolation combine",
+        bool: "flip",
+    }
+    kinds |= {
+        list: "labels img_size thresholds panorama_thresholds mean std",
+        int: "num_labels rolls",
+    }
     kinds |= {dict: "model_kwargs head_kwargs"}
     for kind, key in ((kind, key) for kind, keys in kinds.items() for key in keys.split()):
         if not isinstance(content.get(key), kind):
