@@ -4,14 +4,20 @@ The sections follow the data. Everything is importable at the top level and pick
 DataLoader workers and launched processes can use it; copy this file beside a notebook of your own.
 
 Shape letters: B batch, C channels, H height, W width, N images, L labels, G groups.
-A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target).
+A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target); of
+classes that exclude each other a target is one number an image, -1 where nobody judged it.
 """
 
+import base64
 import contextlib
 import copy
 import csv
 import difflib
+import errno
+import functools
+import glob
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -26,7 +32,9 @@ import textwrap
 import time
 import unicodedata
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -39,12 +47,19 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    broadcast,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
+from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import GroupKFold
@@ -59,16 +74,19 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+pd.options.mode.string_storage = "python"  # pyarrow's refuses file names that are no UTF-8
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
+CLASS = "class"  # the one column of classes that exclude each other; "classes.txt" has their order
 VIEWS = ("half", "panorama")
 COMBINE = ("max", "noisy-or", "mean")  # of what both halves say
 PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
+PRECISIONS = ("auto", "no", "bf16", "fp16", "measure")
 FORMAT_VERSION = 4  # 1 knew no "activation", 2 had weights in a pickle, 3 was not calibrated
 WEIGHTS = "model.safetensors"
 Array = np.ndarray
@@ -86,16 +104,68 @@ _HALF = re.compile(r"_(left|right)$")
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place only if all went well."""
+def replacing(path: str | os.PathLike, by_all: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place only if all went well.
+
+    Of the processes of `accelerate launch` only the first does it, unless each has files of its
+    own. A full disk, a vanished or read-only folder raise an OSError that names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        try:
+            yield temporary
+            if by_all or _is_main():
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # as set by accelerate launch and torchrun
+
+
+def _this_process() -> PartialState:
+    """Return its number among those of `accelerate launch`, and set its GPU."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+@functools.cache
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes left half written, an hour ago or more, once a process."""
+    for file in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTDIR)
+_CUT_OFF = "requested and|file write failed|[Nn]o space|I/O error|Parent directory"  # have no errno
+
+
+class _CannotWrite(OSError):
+    def __init__(self, path: Path, reason: str, how: str) -> None:
+        fix = f"free some space or take another folder; {how}"
+        super().__init__(f"{path}: cannot be written ({reason}); {fix}.")
+        self.strerror = reason
+
+
+@contextlib.contextmanager
+def _writing(path: Path, how: str = "what stood there is unchanged, run this again") -> Iterator:
+    """Turn what a disk refuses into one sentence; `how` says how to go on with room for it."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        name = Path(str(getattr(error, "filename", None) or os.devnull))
+        ours = path.is_relative_to(name) or name.is_relative_to(path)  # its folder, or in it
+        ours |= name.name.startswith(f".{path.name}.") or getattr(error, "errno", None) in _NO_ROOM
+        ours |= isinstance(error, _CannotWrite)
+        if not ours and not re.search(_CUT_OFF, str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise _CannotWrite(path, reason, how) from None
 
 
 def _write_json(path: str | os.PathLike, content: Any) -> None:
@@ -164,23 +234,36 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 
     Links to folders are followed, each folder once and by its own path if it has one in `folder`.
     """
+    return list(iterate_images(folder))
+
+
+def iterate_images(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield what `list_images` returns, keeping the names of one folder at a time."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     unwanted = {"@eadir", "$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot"}
     unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
-    found, seen, starts = [], set(), [folder]
+    wanted, seen, starts = set(), set(), [folder]
     for start in starts:  # links are put at its end, so that real folders come first
         if start != folder and folder.resolve().is_relative_to(start.resolve()):
             continue  # a link back to where we come from
-        for here, folders, files in ((Path(h), d, f) for h, d, f in os.walk(start)):
+        for here, folders in ((Path(h), d) for h, d, _ in os.walk(start)):
             shown = [n for n in folders if n[0] != "." and n.lower() not in unwanted]
             folders[:] = [] if here.resolve() in seen else shown
             if here.resolve() not in seen:
                 seen.add(here.resolve())
                 starts += sorted(here / name for name in shown if (here / name).is_symlink())
-                found += [here / name for name in files if name[0] != "."]
-    return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+                wanted.add(here)
+    yield from _images_in(folder, wanted)
+
+
+def _images_in(folder: Path, wanted: set[Path]) -> Iterator[Path]:
+    for name in sorted(os.listdir(folder), key=os.path.normcase):
+        if (path := folder / name) in wanted:
+            yield from _images_in(path, wanted)
+        elif name[0] != "." and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            yield path
 
 
 # ---------------------------------------------------------------- labels
@@ -405,7 +488,7 @@ def read_labelbox(
 def check_label_names(labels: Iterable[str], path: str | os.PathLike, what: str = "label") -> None:
     """Refuse labels that are called like another column of a partition or of predictions."""
     labels = sorted(labels)
-    taken = {"image", "part", *NOT_LABELS, *(f"{label}_prob" for label in labels)}
+    taken = {"image", "part", CLASS, *NOT_LABELS, *(f"{label}_prob" for label in labels)}
     if found := [label for label in labels if label in taken]:
         raise ValueError(f"{path}: {found[0]!r} is the name of a column; rename that {what}.")
 
@@ -541,17 +624,52 @@ def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.
 
 
 def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
-    """Return the rows of a partition CSV, paths seen from the working directory, and its labels."""
+    """Return the rows of a partition CSV, paths seen from the working directory, and its labels.
+
+    Classes that exclude each other are one column `class`, a name or NaN; the labels are those of
+    classes.txt beside the CSV.
+    """
     path = _need_file(path, "run partitioning.ipynb to make it")
     df = read_table(path)
     labels = [column for column in df.columns if column not in NOT_LABELS]
     if not labels or not set(NOT_LABELS) <= set(df.columns):
         raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
-    df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
-    raw = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
-    names = [raw.sub(lambda b: chr(0xDC00 + int(b[1], 16)), name) for name in df["image_path"]]
-    paths = [os.path.normpath(path.parent / name) for name in names]
-    return df.assign(image_path=[Path(p).as_posix() for p in paths]), labels
+    if CLASS in labels:
+        labels = _check_classes(df, path)
+        df = df.assign(**{CLASS: df[CLASS].mask(df[CLASS] == "")}).reset_index(drop=True)
+    else:
+        df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
+    return df.assign(image_path=[_seen_from_here(path, name) for name in df["image_path"]]), labels
+
+
+_RAW = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
+
+
+def _seen_from_here(table: Path, name: str) -> str:
+    """Return where a file is that a table names, seen from the table's folder."""
+    name = _RAW.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
+    return os.path.normpath(os.path.join(table.parent, name)).replace(os.sep, "/")
+
+
+def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
+    """Return the classes of a partition of `read_table`; a name must be known, a photo one row."""
+    names = _need_file(path.with_name("classes.txt"), "a partition of classes needs it beside it")
+    classes = names.read_text(encoding="utf-8-sig").splitlines()
+    if len(set(classes)) < len(classes) or "" in classes:
+        raise ValueError(f"{names}: expected one class per line, each once.")
+    if others := set(df.columns) - {CLASS, *NOT_LABELS}:
+        raise ValueError(f"{path}: {_some(sorted(others))} beside the column class; keep one kind.")
+    wrong, twice = ~df[CLASS].isin(["", *classes]), df["image_path"].duplicated()
+    if wrong.any():
+        first = df[wrong].iloc[0]
+        problem = f"{first[CLASS]!r} is no class of {names.name} ({_some(classes, 3)})"
+        raise _bad_line(path, first.name + 2, f"{problem}; {wrong.sum()} such cells")
+    if twice.any():
+        first = df[twice].iloc[0]
+        own = df.loc[df["image_path"] == first["image_path"], CLASS]
+        problem = f"{first['image_path']} stands twice, as {_some(own)}"
+        raise _bad_line(path, first.name + 2, f"{problem}; keep one row per photo")
+    return classes
 
 
 def load_parts(
@@ -561,23 +679,47 @@ def load_parts(
     paths = {name: Path(folder) / f"{name}_partition.csv" for name in names}
     read = {name: read_partition(path) for name, path in paths.items()}
     labels = read[names[0]][1]
-    for name, (_, own) in read.items():
-        if own != labels:
-            other = _some(sorted(set(own) ^ set(labels))) or "in another order"
+    for name, (table, own) in read.items():
+        if own != labels or (CLASS in table) != (CLASS in read[names[0]][0]):
+            other = _some(sorted(set(own) ^ set(labels))) or "in another order or of another kind"
             raise ValueError(f"{paths[name]}: other labels than {paths[names[0]].name}: {other}.")
     parts = {name: table for name, (table, _) in read.items()}
     for one, two in itertools.combinations(names, 2):
         if shared := set(parts[one]["group_id"]) & set(parts[two]["group_id"]):
             problem = f"group {_some(sorted(shared))} is in {one} and in {two}"
             raise ValueError(f"{folder}: {problem}; run partitioning.ipynb again.")
+    trained = set(parts["train"][CLASS]) if CLASS in parts.get("train", ()) else set(labels)
+    if lost := [name for name in labels if name not in trained]:
+        fix = "add photos, or take it from classes.txt and the other parts"
+        raise ValueError(f"{paths['train']}: no photo of class {_some(lost)}; {fix}.")
     return parts, labels
 
 
-def write_partition(df: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a partition CSV; `image_path` becomes relative to the CSV's folder."""
-    relative = [Path(os.path.relpath(p, Path(path).parent)).as_posix() for p in df["image_path"]]
+def write_partition(df: pd.DataFrame, path: str | os.PathLike, classes: Sequence[str] = ()) -> None:
+    """Write a partition CSV; `image_path` becomes relative to the CSV's folder.
+
+    `classes`, in their order, become classes.txt beside it, which a column `class` needs.
+    """
+    start = Path(path).parent
+    seen = functools.cache(lambda folder: os.path.relpath(folder or ".", start))
+    pairs = [os.path.split(image) for image in df["image_path"]]
+    relative = [os.path.normpath(os.path.join(seen(folder), name)) for folder, name in pairs]
+    table = df.assign(image_path=[name.replace(os.sep, "/") for name in relative])
+    if len(classes):
+        class_numbers(df[CLASS], classes)  # refuses a name that is none of them
+        with replacing(start / "classes.txt") as temporary:
+            text = "".join(f"{name}\n" for name in classes)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     with replacing(path) as temporary:
-        df.assign(image_path=relative).to_csv(temporary, index=False, errors="backslashreplace")
+        table.to_csv(temporary, index=False, errors="backslashreplace")
+
+
+def class_numbers(names: pd.Series, classes: Sequence[str]) -> Array:
+    """Return the place of each name in `classes`, (N,) of int64, -1 for NaN."""
+    numbers = pd.Index(classes).get_indexer(names).astype(np.int64)
+    if lost := sorted(set(names[numbers < 0].dropna())):
+        raise ValueError(f"class {_some(map(repr, lost))}: none of the classes {_some(classes)}.")
+    return numbers
 
 
 # ---------------------------------------------------------------- data
@@ -712,8 +854,12 @@ def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
 class DataPartition(Dataset):
     """The images (3, H, W) and targets (L,), float32 with NaN for unknown, of a partition.
 
-    JPEGs are decoded no larger than the resizing step of `transform` (PIL image → tensor) needs;
-    `cache_dir` keeps the decoded, shrunk copies, so that no photo is decoded twice.
+    With a column `class` a target is its number (int64, -1 for unknown), and `exclusive` is true.
+    Paths and groups are kept as bytes, which worker processes share, and decoded at each look at
+    `paths` and `groups`: take these once, not in a loop. JPEGs are decoded no larger than the
+    resizing step of `transform` (PIL image → tensor) needs; `cache_dir` keeps the decoded, shrunk
+    copies, so that no photo is decoded twice: `cache_gb` of them, the oldest go. Several processes
+    may share it, and pass its bound by a fiftieth each.
     """
 
     def __init__(
@@ -722,25 +868,54 @@ class DataPartition(Dataset):
         label_columns: Sequence[str],
         transform: Callable | None = None,
         cache_dir: str | os.PathLike | None = None,
+        cache_gb: float = 50.0,
     ) -> None:
-        missing = [c for c in ("image_path", *label_columns) if c not in df.columns]
-        if missing:
-            raise ValueError(f"the partition has no column {_some(missing)}.")
-        self.paths = df["image_path"].astype(str).tolist()
-        self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
         self.label_columns, self.transform = list(label_columns), transform
-        self.targets = df[self.label_columns].to_numpy(np.float32)  # (N, L)
+        self.exclusive = CLASS in df
+        wanted = ("image_path", *(() if self.exclusive else label_columns))
+        if missing := [c for c in wanted if c not in df.columns]:
+            raise ValueError(f"the partition has no column {_some(missing)}.")
+        self.paths = df["image_path"]
+        self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
+        targets = read_targets(df, self.label_columns)  # (N,) or (N, L)
+        self.targets = targets if self.exclusive else targets.astype(np.float32)
         self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.cache_gb, self._room = cache_gb, 0.0  # GB that may be written before the next look
+
+    @property
+    def paths(self) -> list[str]:
+        return [os.fsdecode(path) for path in self._paths]
+
+    @paths.setter
+    def paths(self, paths: Iterable[str]) -> None:
+        self._paths = _as_bytes(paths)
+
+    @property
+    def groups(self) -> Array:
+        texts = self._groups.dtype.kind == "S"
+        return np.array([*map(os.fsdecode, self._groups)], object) if texts else self._groups
+
+    @groups.setter
+    def groups(self, groups: Array) -> None:
+        groups = np.asarray(groups)
+        self._groups = _as_bytes(groups) if groups.dtype.kind in "OU" else groups
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
         size = _needed_size(self.transform)
         read = self._open_cached if self.cache_dir and size else open_image
-        image = read(self.paths[index], size)
+        image = read(os.fsdecode(self._paths[index]), size)
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.targets[index])
+
+    def rows(self, rows: slice) -> "DataPartition":
+        """Return a part of it, small to send to another machine."""
+        part = copy.copy(self)
+        for name in ("_paths", "_groups", "targets"):
+            setattr(part, name, getattr(self, name)[rows])
+        return part
 
     def _open_cached(self, path: str, size: tuple[int, int]) -> Image.Image:
         stamp = os.stat(path).st_mtime_ns if os.path.exists(path) else None
@@ -751,9 +926,28 @@ class DataPartition(Dataset):
         image = open_image(path, size)
         if image.height > size[0] and image.width > size[1]:
             image = ImageOps.cover(image, size[::-1])
-        with replacing(copy) as temporary, open(temporary, "wb") as file:
+        with replacing(copy, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
+        self._room -= 3e-9 * image.height * image.width
+        if self._room < 0:
+            used = trim_cache(self.cache_dir, self.cache_gb)
+            self._room = min(self.cache_gb - used, self.cache_gb / 50)
         return image
+
+
+def read_targets(df: pd.DataFrame, labels: Sequence[str]) -> Array:
+    """Return the numbers of the classes, (N,) with -1 for unknown, or (N, L) with NaN for it."""
+    return class_numbers(df[CLASS], labels) if CLASS in df else df[list(labels)].to_numpy(float)
+
+
+def _as_bytes(texts: Iterable[Any]) -> Array:
+    return np.array([os.fsencode(str(text)) for text in texts], bytes)
+
+
+def _as_shares(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Turn class numbers (B,) into shares (B, C), NaN in a row where the number is -1."""
+    shares = F.one_hot(targets.clamp(min=0), num_classes).float()
+    return shares.masked_fill(targets[:, None] < 0, torch.nan)
 
 
 def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
@@ -765,6 +959,23 @@ def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
         return None
 
 
+def trim_cache(folder: str | os.PathLike, most_gb: float = np.inf) -> float:
+    """Return the GB of what is kept in `folder`; of more than `most_gb`, the oldest tenth goes."""
+    kept, ours = [], re.compile(r"[0-9a-f]{32,40}\.npy")  # what else lies there is left alone
+    for path in filter(lambda path: ours.fullmatch(path.name), Path(folder).rglob("*.npy")):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it first
+            kept.append((path.stat().st_mtime_ns, path.stat().st_size / 1e9, path))
+    total = sum(size for _, size, _ in kept)
+    if total > most_gb:
+        for _, size, path in sorted(kept):
+            with contextlib.suppress(OSError):  # Windows: somebody reads it
+                path.unlink()
+            total -= size
+            if total <= 0.9 * most_gb:
+                break
+    return total
+
+
 class FeatureSet(TensorDataset):
     """Features (N, ...) instead of photos: trains a head alone, goes where DataPartition goes."""
 
@@ -772,7 +983,8 @@ class FeatureSet(TensorDataset):
         if len(features) != len(targets):
             raise ValueError(f"{len(features)} features and {len(targets)} rows of targets.")
         self.features, self.label_columns = features, list(label_columns)
-        self.targets = np.asarray(targets, np.float32)  # (N, L), NaN for unknown
+        self.exclusive = np.ndim(targets) == 1  # (N,) class numbers, or (N, L), NaN for unknown
+        self.targets = np.asarray(targets, np.int64 if self.exclusive else np.float32)
         super().__init__(features, torch.from_numpy(self.targets))
 
 
@@ -800,6 +1012,25 @@ def make_loader(
         n = len(dataset) - (1 < batch_size < len(dataset) and len(dataset) % batch_size == 1)
         options["sampler"] = RandomSampler(dataset, num_samples=n, generator=generator)
     return DataLoader(dataset, batch_size, pin_memory=torch.cuda.is_available(), **options)
+
+
+def read_ahead(dataset: Dataset, batch_size: int) -> Iterator[Any]:
+    """Yield batches in order; threads on all cores read the next two while one is being used.
+
+    Decoding lets other threads run, so that nothing is copied between processes as in `DataLoader`.
+    """
+    own = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of a process
+    waiting, pool = deque(), ThreadPoolExecutor(max(own, 1))
+    try:
+        for index in range(len(dataset)):
+            waiting.append(pool.submit(dataset.__getitem__, index))
+            if len(waiting) == 3 * batch_size:
+                yield default_collate([waiting.popleft().result() for _ in range(batch_size)])
+        while waiting:
+            rest = range(min(batch_size, len(waiting)))
+            yield default_collate([waiting.popleft().result() for _ in rest])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _seed_by_rank(worker: int) -> None:
@@ -1193,13 +1424,20 @@ def _start_head(model, bias):
                 layer.bias.copy_(bias)
 
 
-def base_rate_logits(targets: np.ndarray, exclusive: bool = False) -> np.ndarray:
+def base_rate_logits(
+    targets: np.ndarray, exclusive: bool = False, num_classes: int = 0
+) -> np.ndarray:
     """Return the logit (`exclusive`: log, for a softmax) of each label's rate in known cells, (L,).
 
-    A head that starts there has no loss to lose by learning the rates.
+    A head that starts there has no loss to lose by learning the rates. Of class numbers (N,)
+    `num_classes` says how many there are.
     """
-    known = (~np.isnan(targets)).sum(0).clip(1)
-    rates = np.nansum(targets, 0) / known
+    if targets.ndim == 1:
+        exclusive, judged = True, targets[targets >= 0]
+        counts, known = np.bincount(judged, minlength=num_classes), max(len(judged), 1)
+    else:
+        counts, known = np.nansum(targets, 0), (~np.isnan(targets)).sum(0).clip(1)
+    rates = counts / known
     rates = rates.clip(0.5 / known, 1 - 0.5 / known)  # half a photo more than none, less than all
     return np.log(rates) if exclusive else np.log(rates / (1 - rates))
 
@@ -1287,12 +1525,20 @@ def extract_features(
     num_workers: int = 0,
     pooled: bool = False,
     cache_dir: str | os.PathLike | None = None,
+    n_jobs: int = 1,
+    chunk: int = 1000,
 ) -> torch.Tensor:
     """Return the feature map of every image, (N, C, h, w); a head learns from it in seconds.
 
     `pooled` is what the last layer of a linear head sees, (N, C). `cache_dir` keeps them for the
-    same photos (name, size, time), weights and preparation.
+    same photos (name, size, time), weights and preparation. With `n_jobs` other than 1, joblib's
+    backend, e.g. dask, takes them by the `chunk`, each with a file of its own in `cache_dir`.
     """
+    if n_jobs != 1:
+        options = batch_size, num_workers, pooled, cache_dir
+        pieces = [dataset.rows(slice(i, i + chunk)) for i in range(0, len(dataset), chunk)]
+        jobs = (joblib.delayed(extract_features)(model, piece, *options) for piece in pieces)
+        return torch.cat(joblib.Parallel(n_jobs)(jobs))
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
     cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
@@ -1313,8 +1559,9 @@ def extract_features(
             found.append(features.float().cpu())
     features = torch.cat(found)
     if cached:
-        with replacing(cached) as temporary, open(temporary, "wb") as file:
+        with replacing(cached, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, features.contiguous().numpy(), allow_pickle=False)
+        trim_cache(cache_dir, dataset.cache_gb)
     return features
 
 
@@ -1337,14 +1584,14 @@ def _features_key(model, dataset, pooled):
 PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 
 
-def _fit_logistic(x, y, strength, exclusive):
+def _fit_logistic(x, y, strength, exclusive, num_labels):
     """Return weights (C + 1, L), the optimum of sklearn's LogisticRegression(C=strength)."""
 
     def penalised(weights):
         loss = _log_loss(x @ weights[:-1] + weights[-1], y, exclusive)
         return (loss + weights[:-1].square().sum() / (2 * strength)) / len(x)
 
-    return _minimize(penalised, x.new_zeros(x.shape[1] + 1, y.shape[1]))
+    return _minimize(penalised, x.new_zeros(x.shape[1] + 1, num_labels))
 
 
 def _minimize(convex, weights):
@@ -1373,6 +1620,8 @@ def _folds(groups):
 
 def _log_loss(logits, y, exclusive):
     """Return the sum of the log losses over the known cells, or over the judged images."""
+    if y.ndim == 1:
+        return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
     known, y = ~y.isnan(), y.nan_to_num(0.0)
     if exclusive:
         return (F.cross_entropy(logits, y, reduction="none") * known.all(1)).sum()
@@ -1380,30 +1629,39 @@ def _log_loss(logits, y, exclusive):
 
 
 def fit_probe(
-    features: torch.Tensor, targets: Array, groups: Groups = None, exclusive: bool = False
+    features: torch.Tensor,
+    targets: Array,
+    groups: Groups = None,
+    exclusive: bool = False,
+    strengths: Sequence[float] = PROBE_STRENGTHS,
+    num_classes: int = 0,
 ) -> tuple[nn.Linear, pd.Series]:
     """Fit one logistic regression per label (`exclusive`: one softmax) on features (N, C).
 
+    Targets are (N, L), or (N,) class numbers, of which `num_classes` says how many there are.
+
     Returns the layer, features (B, C) → logits (B, L), and the log loss of each strength on groups
-    left out in turn, by which one strength for all labels is chosen.
+    left out in turn, by which one strength for all labels is chosen. A single one is not judged.
     """
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
-    y = torch.as_tensor(np.asarray(targets), dtype=torch.float32)
+    by_number = np.ndim(targets) == 1
+    y = torch.as_tensor(np.asarray(targets), dtype=torch.int64 if by_number else torch.float32)
+    about = exclusive, num_classes if by_number else y.shape[1]
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     # without folds the strongest penalty
-    x, losses, folds = (features - mean) / std, [], _folds(groups)
-    for strength in PROBE_STRENGTHS:
+    x, losses, folds = (features - mean) / std, [], _folds(groups) if len(strengths) > 1 else []
+    for strength in strengths:
         total = 0.0
         for train, held_out in folds:
-            weights = _fit_logistic(x[train], y[train], strength, exclusive)
+            weights = _fit_logistic(x[train], y[train], strength, *about)
             logits = x[held_out] @ weights[:-1] + weights[-1]
             total += _log_loss(logits, y[held_out], exclusive).item()
-        losses.append(total / max(int((~y.isnan()).sum()), 1))
+        losses.append(total / max(int((y >= 0).sum()), 1))
         if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
             break  # it only overfits more from here
-    table = pd.Series(losses, PROBE_STRENGTHS[: len(losses)], name="log loss")
-    weights = _fit_logistic(x, y, table.idxmin(), exclusive)
-    layer = nn.Linear(features.shape[1], y.shape[1])
+    table = pd.Series(losses, strengths[: len(losses)], name="log loss")
+    weights = _fit_logistic(x, y, table.idxmin(), *about)
+    layer = nn.Linear(features.shape[1], weights.shape[1])
     with torch.no_grad():
         layer.weight.copy_((weights[:-1] / std[:, None]).T)
         layer.bias.copy_(weights[-1] - layer.weight @ mean)
@@ -1437,29 +1695,64 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
 
 
 def _fastest_device() -> str:
+    if "LOCAL_RANK" in os.environ:  # `accelerate launch`: "cuda" becomes the GPU of this process
+        return _this_process().device.type
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return next((name for name, is_there in found.items() if is_there), "cpu")
 
 
 def fast_precision(model: nn.Module, device: str | None = None) -> str:
-    """Return accelerate's name of the precision in which a device trains `model` fastest."""
+    """Return accelerate's name of the precision in which a device trains `model` fastest.
+
+    A rule of thumb, alike on all machines of a kind; `time_steps` measures.
+    """
     device = device or _fastest_device()
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
+    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
+    return "no" if slower and device == "cpu" else _half_precision(device)
+
+
+def _half_precision(device: str) -> str:
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cpu = torch.cpu.get_capabilities()
     units = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
-    slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
-    return "bf16" if units and device == "cpu" and not slower else "no"
+    return "bf16" if units and device == "cpu" else "no"
+
+
+def time_steps(
+    model: nn.Module, images: torch.Tensor, layouts: Sequence[bool] = (False, True)
+) -> dict[tuple[str, bool], float]:
+    """Return the seconds of a training step by (precision, channels_last), the fastest first.
+
+    All of it takes a second or two, and spoils gradients and running statistics.
+    """
+    seconds = {}
+    for precision in dict.fromkeys(("no", _half_precision(images.device.type))):
+        for is_last in layouts:
+            layout, taken = torch.channels_last if is_last else torch.contiguous_format, []
+            network, batch = model.to(memory_format=layout), images.contiguous(memory_format=layout)
+            dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+            while len(taken) < 2 or (len(taken) < 5 and sum(taken) < 1):
+                start = time.perf_counter()
+                with torch.autocast(images.device.type, dtype, enabled=precision != "no"):
+                    loss = network.train()(batch).float().square().mean()
+                loss.backward()
+                grads = [p.grad for p in network.parameters() if p.grad is not None]
+                grads[0].sum().item()  # waits for a GPU, whose first layer is the last to be done
+                taken.append(time.perf_counter() - start)
+            seconds[precision, is_last] = min(taken)
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
 class MaskedLoss(nn.Module):
     """A loss of timm by name, or "ce" (one class an image): the mean over known (not NaN) cells.
 
-    For "ce" and "zlpr" it is over images with known cells. "zlpr" and "twoway" compare labels: an
-    unknown cell is a negative with logit -1e4, whose share is zero. To "db" it is present by the
-    label's rate in `targets` (N, L), those of the training part. `kwargs`: e.g. asl_gamma_neg.
+    "ce" takes class numbers (B,), -1 for unknown, or shares (B, C). For "ce" and "zlpr" it is over
+    images with known cells. "zlpr" and "twoway" compare labels: an unknown cell is a negative with
+    logit -1e4, whose share is zero. To "db" it is present by the label's rate in `targets`, those
+    of the training part, (N,) or (N, L), of which "auto" depends. `kwargs`: e.g. asl_gamma_neg.
     """
 
     def __init__(
@@ -1472,6 +1765,7 @@ class MaskedLoss(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        name = _fitting_loss(name, targets.ndim == 1)
         if name == "ce" and (class_weights is not None or kwargs):
             raise ValueError(f"loss='ce' takes no {_some(kwargs or ['class_weights'])}.")
         if name != "ce" and label_smoothing:
@@ -1480,14 +1774,15 @@ class MaskedLoss(nn.Module):
             raise ValueError("bce_sum sums unknown cells too; leave it out.")
         self.name, n = name, len(targets)
         # One sample count for all labels, as timm expects: each label's rate scaled to N images.
-        counts = np.nansum(targets, axis=0) / np.maximum((~np.isnan(targets)).sum(0), 1) * n
+        known = np.maximum((~np.isnan(targets)).sum(0), 1)
+        counts = np.nansum(targets, axis=0) / known * n * (name != "ce")
         if class_weights is not None:
             _check_choice("class_weights", class_weights, CLASS_WEIGHT_METHODS)
             kind, weights = compute_class_weights(counts, n, class_weights)
             kwargs[kind] = weights
         if name == "db":
             kwargs |= {"class_counts": counts, "num_samples": n}
-        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing, ignore_index=-1)
         if name != "ce":
             kwargs |= {"multi_label": True, "soft_targets": soft}
             self.loss = create_classification_loss(name, **kwargs)
@@ -1497,6 +1792,9 @@ class MaskedLoss(nn.Module):
         self.register_buffer("prior", prior, persistent=False)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if targets.ndim == 1:
+            n_judged = (targets >= 0).sum().clamp(min=1)
+            return self.loss(logits.float(), targets).sum() / n_judged
         known, logits = ~targets.isnan(), logits.float()
         targets = torch.where(known, targets, self.prior.to(targets.dtype))
         if self.name in ("zlpr", "twoway"):
@@ -1507,8 +1805,18 @@ class MaskedLoss(nn.Module):
         return (self.loss(logits, targets) * counted).sum() / counted.sum().clamp(min=1)
 
 
+def _fitting_loss(loss: str, exclusive: bool) -> str:
+    """Return "ce" for classes and "bce" for labels in place of "auto"; refuse the wrong one."""
+    if exclusive and loss not in ("auto", "ce"):
+        problem = "is for labels that may come together, and this partition has one class a photo"
+        raise ValueError(f"loss={loss!r}: {problem}; leave it out, or set 'ce'.")
+    return loss if loss != "auto" else "ce" if exclusive else "bce"
+
+
 def _check_exclusive(part: DataPartition, name: str) -> None:
     """Refuse targets that are no shares of one class an image; unjudged images may be there."""
+    if part.exclusive:
+        return
     shares = part.targets.sum(1)  # NaN where a cell is unknown
     wrong = ~np.isnan(part.targets).all(1) & ~(np.abs(shares - 1) <= 1e-3)
     if wrong.any():
@@ -1530,16 +1838,17 @@ def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        problem = f"{path}: cannot be read ({type(error).__name__})"
-        raise ValueError(f"{problem}; call fit() to start again.") from None
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}); {fix}.") from None
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path, wanted: bool) -> Iterator[None]:
+def _alone_in(
+    folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
+) -> Iterator[None]:
     """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
     with contextlib.ExitStack() as held:
         try:
@@ -1547,8 +1856,8 @@ def _alone_in(folder: Path, wanted: bool) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(folder / ".lock", timeout=0))
         except Timeout:
-            fix = "let it end or stop it first, or give this one another RUN_DIR"
-            raise RuntimeError(f"{folder}: another training runs in this folder; {fix}.") from None
+            fix = f"let it end or stop it first, or give this one another {other}"
+            raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
         yield
 
 
@@ -1562,6 +1871,7 @@ PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size"
 PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
 PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
 PRETRAINED_RECIPE |= {"batch_norm": "frozen", "start": "probe", "flip_test": True}
+PRETRAINED_RECIPE |= {"precision": "measure"}
 PRETRAINED_RECIPE |= {"patience": 40}  # to the end: the best epochs are the last, at a low rate
 SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16}
 SCRATCH_RECIPE |= {"learning_rate": 1e-3, "weight_decay": 0.2, "warmup_epochs": 3}
@@ -1613,7 +1923,9 @@ class TrainConfig:
     ema_decay: float | None = _option(None, "of a moving average of the weights, e.g. 0.98", _SHARE)
     mixup_alpha: float = _option(0.0, "blends pairs of photos (MixUp); try 0.2", _FROM_0)
     cutmix_alpha: float = _option(0.0, "pastes a box of another photo (CutMix)", _FROM_0)
-    loss: str = _option("bce", "bce, asl, zlpr, twoway, db; ce: one class each", _NAME)
+    loss: str = _option(
+        "auto", "auto: ce for classes, bce for labels; asl, zlpr, twoway, db", _NAME
+    )
     loss_kwargs: dict = _option(dict, "options of timm's loss, e.g. asl_gamma_neg", _NO_SMOOTHING)
     label_smoothing: float = _option(0.0, "share spread over all classes (ce)", _BELOW_1)
     class_weights: str | None = _option(None, "for bce, asl: neg_pos, inv_freq, effective_num")
@@ -1637,11 +1949,12 @@ class TrainConfig:
     pretrained: bool | str = _option(False, "True (hub), or the path of a state dict")
     img_width: int = _option(0, "pixels; the height is the same, or half (panorama)", _FROM_0)
     cache_dir: str | None = _option(None, "folder that keeps shrunk photos, and features")
+    cache_gb: float = _option(50.0, "most that cache_dir holds; the oldest go", _ABOVE_0)
     patience: int = _option(10, "ends after so many epochs without a better one", _FROM_1)
     seed: int = _option(42, "where all random numbers start")
     num_workers: int = _option(0, "processes that read photos; 0: none beside this", _FROM_0)
-    precision: str = _option("auto", "auto: the fastest", ("auto", "no", "bf16", "fp16"))
-    channels_last: bool | None = _option(None, "None: where the network gains by it")
+    precision: str = _option("auto", "auto: by a rule; measure: the fastest here", PRECISIONS)
+    channels_last: bool | None = _option(None, "None: where the network gains, or measured, too")
     compile: bool = _option(False, "torch.compile: pays in long trainings")
 
     def __post_init__(self) -> None:
@@ -1687,6 +2000,7 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
+_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "labels"}
 TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 
@@ -1702,12 +2016,13 @@ def build_run(
     if config.labels and config.labels != labels:
         raise ValueError(f"{config.partition_dir}: other labels than the run's; restore them.")
     head_kwargs = head_kwargs if head else config.head_kwargs
-    rates = base_rate_logits(parts["train"][labels].to_numpy(float), config.loss == "ce")
+    targets = read_targets(parts["train"], labels)
+    rates = base_rate_logits(targets, config.loss == "ce", len(labels))
     set_seed(config.seed)
     about = len(labels), head or config.head, config.pretrained, config.img_size, rates
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     model = build_model(config.model_name, *about, **options)
-    about = labels, make_transforms(model, False, config.view), config.cache_dir
+    about = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
     tables = parts | {"plain": parts["train"]}
     sets = {name: DataPartition(table, *about) for name, table in tables.items()}
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
@@ -1727,10 +2042,11 @@ def start_from_probe(
     train, val = copy.copy(parts["plain"]), parts["val"]
     if not is_linear:
         rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:most])
-        train.paths, train.targets = [train.paths[i] for i in rows], train.targets[rows]
+        train.paths, train.targets = np.array(train.paths, object)[rows], train.targets[rows]
     x, x_val = (extract_features(model, part, *options) for part in (train, val))
     if is_linear:
-        probe, _ = fit_probe(x, train.targets, train.groups, exclusive=config.loss == "ce")
+        options = {"exclusive": config.loss == "ce", "num_classes": len(train.label_columns)}
+        probe, _ = fit_probe(x, train.targets, train.groups, **options)
         use_probe(model, probe)
         return mean_average_precision(val.targets, probe(x_val).detach().numpy())
     sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
@@ -1794,12 +2110,17 @@ class Trainer:
         config: TrainConfig,
         run_dir: str | os.PathLike,
     ) -> None:
-        if train_set.label_columns != val_set.label_columns:
+        kinds = {(*part.label_columns, part.exclusive) for part in (train_set, val_set)}
+        if len(kinds) > 1:
             raise ValueError("training and validation partitions have different labels or order.")
         self.run_dir, self.best_path, self.val_set = Path(run_dir), Path(run_dir) / WEIGHTS, val_set
         spec = getattr(model, "spec", {}).items()
         own = {key: value for key, value in spec if key in ("head", "head_kwargs")}
-        self.config = config = replace(config, labels=list(train_set.label_columns), **own)
+        own["loss"] = _fitting_loss(config.loss, train_set.exclusive)
+        config = replace(config, labels=list(train_set.label_columns), **own)
+        if config.precision == "measure":
+            config = self._measured(config, model, train_set)
+        self.config = config
         precision = fast_precision(model) if config.precision == "auto" else config.precision
         AcceleratorState._reset_state()  # accelerate keeps one state a process, a notebook may
         GradientState._reset_state()  # train more than once
@@ -1814,18 +2135,38 @@ class Trainer:
         found = {"processes": self.accelerator.num_processes, "precision": precision}
         self.circumstances = found | {"images": len(train_set), "labels": config.labels}
 
+    def _measured(self, config: TrainConfig, model: nn.Module, photos: Dataset) -> TrainConfig:
+        """Put the fastest precision and layout into `config`; a resumed run keeps what it had."""
+        names, last = ("precision", "channels_last"), self.run_dir / "last" / "trainer.json"
+        saved = _read_state(self.run_dir / "config.json") if last.is_file() else {}
+        if all(saved.get(k) == v for k, v in asdict(config).items() if k not in {*names, *_FREE}):
+            return replace(config, **{name: saved[name] for name in names})
+        state, trial = PartialState(), copy.deepcopy(model)
+        if config.grad_checkpointing:
+            getattr(trial, "backbone", trial).set_grad_checkpointing()
+        n, wanted = min(8, max(2, config.batch_size)), config.channels_last
+        layouts = (False, True) if gains_by_channels_last(model) else (False,)
+        images = torch.stack([photos[i % len(photos)][0] for i in range(n)]).to(state.device)
+        layouts = layouts if wanted is None else (wanted,)
+        rates = {c: n / s for c, s in time_steps(trial.to(state.device), images, layouts).items()}
+        shown = ", ".join(f"{p}{' channels_last' * c} {r:.1f}" for (p, c), r in rates.items())
+        state.print(f"photos/s measured, the first is taken: {shown}")
+        best = broadcast_object_list([next(iter(rates))])[0]  # all processes as the first one
+        return replace(config, **dict(zip(names, best)))
+
     def prepare_loss(self, train_set: DataPartition) -> None:
         """Check the targets and set `criterion`; another task may set `metric` to "val_loss"."""
-        config, targets = self.config, train_set.targets
+        config, targets, exclusive = self.config, train_set.targets, train_set.exclusive
         if not (targets >= 0).any():
             raise ValueError("the training part has no judged label: nothing to learn from.")
-        if not (self.val_set.targets >= 0.5).any():
+        if not (self.val_set.targets >= (0 if exclusive else 0.5)).any():
             raise ValueError("no label is present in the validation part: nothing to select by.")
         if config.loss == "ce":
             _check_exclusive(train_set, "training")
             _check_exclusive(self.val_set, "validation")
         alphas = config.mixup_alpha, config.cutmix_alpha
-        self.mixup = TriStateMixup(targets.shape[1], *alphas) if max(alphas) > 0 else None
+        self.num_labels = len(train_set.label_columns)
+        self.mixup = TriStateMixup(self.num_labels, *alphas) if max(alphas) > 0 else None
         soft = self.mixup is not None or bool(((targets > 0) & (targets < 1)).any())
         options = config.loss_kwargs | {"label_smoothing": config.label_smoothing}
         loss = MaskedLoss(config.loss, targets, config.class_weights, soft, **options)
@@ -1880,9 +2221,12 @@ class Trainer:
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Go on from last/ and return the whole history; settings and data must be the same."""
         with _alone_in(self.run_dir, self.accelerator.is_main_process):
-            places = [self.run_dir / "last.tmp", self.run_dir / "last"]  # if complete, tmp is newer
-            last = next((p for p in places if (p / "trainer.json").is_file()), None)
-            if last is None:
+            last, newer = self.run_dir / "last", self.run_dir / "last.tmp"
+            if (newer / "trainer.json").is_file() and self.accelerator.is_main_process:
+                _remove_resume_point(last)  # killed before this: the only copy gets its own name,
+                os.replace(newer, last)  # or the next one would be written over it
+            self.accelerator.wait_for_everyone()
+            if not (last / "trainer.json").is_file():
                 raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
             config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
             self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
@@ -1896,8 +2240,7 @@ class Trainer:
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
-        free = {"patience", "num_workers", "compile", "cache_dir", "flip_test", "labels"}
-        changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in free]
+        changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in _FREE]
         if changed:
             raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
         for what, now in self.circumstances.items():
@@ -1980,12 +2323,13 @@ class Trainer:
         row |= {"train_loss": train_loss} | self.validate() | {"seconds": seconds}
         row["images_per_second"] = len(self.loader.dataset) / seconds if epoch else 0.0
         best = np.nanmax([-np.inf, *map(self._score, self.history)])
-        if self._score(row) > best and self.accelerator.is_main_process:
-            model = self.ema.module if row.get("weights") == "ema" else self.plain
-            _save_weights(model, self.best_path)
-        self.epoch = epoch
-        self.history.append(row)
-        self._save_last()
+        with _writing(self.run_dir, "Trainer.resume() goes on from the last finished epoch"):
+            if self._score(row) > best and self.accelerator.is_main_process:
+                model = self.ema.module if row.get("weights") == "ema" else self.plain
+                _save_weights(model, self.best_path)
+            self.epoch = epoch
+            self.history.append(row)
+            self._save_last()
 
     def validate(self) -> dict[str, Any]:
         """Return `metric` and whatever else history shall hold; of the better weights with EMA."""
@@ -2004,8 +2348,11 @@ class Trainer:
         scores = {"val_loss": self.criterion(logits, targets).item()}
         scores |= {"val_mAP": mean_average_precision(self.val_set.targets, probs)}
         if self.config.loss == "ce":
-            judged = ~targets.isnan().any(1)
-            shares = accuracy(logits[judged], targets[judged].argmax(1), topk=(1, 5))
+            numbers = targets
+            if targets.ndim == 2:
+                numbers = targets.argmax(1).where(~targets.isnan().any(1), -1)
+            judged = numbers >= 0
+            shares = accuracy(logits[judged], numbers[judged], topk=(1, 5))
             scores |= {f"val_top{k}": share.item() / 100 for k, share in zip((1, 5), shares)}
         return scores
 
@@ -2013,6 +2360,7 @@ class Trainer:
         """Return the loss of a batch, a number; called where gradients are recorded."""
         pairs = len(images) // 2 * 2  # timm mixes pairs; the last of an odd batch stays
         if self.mixup is not None and pairs:
+            targets = _as_shares(targets, self.num_labels) if targets.ndim == 1 else targets
             images[:pairs], targets[:pairs] = self.mixup(images[:pairs], targets[:pairs])
         with self.accelerator.autocast():
             logits = self.model(images.contiguous(memory_format=self.layout))
@@ -2063,7 +2411,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             _remove_resume_point(temporary)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
+        try:
+            self.accelerator.save_state(str(temporary))
+        except BaseException:  # a full disk: what is half written takes its last bytes
+            _remove_resume_point(temporary)
+            raise
         self.accelerator.wait_for_everyone()  # every process has its random state in there
         if self.accelerator.is_main_process:
             if self.ema is not None:
@@ -2081,19 +2433,33 @@ class Trainer:
 
 
 def _average_precision(targets: Array, probs: Array, weights: Array) -> Array:
-    """Return sklearn's average_precision_score for each row of weights and label, (R, L)."""
+    """Return sklearn's average_precision_score for each row of weights and label, (R, L).
+
+    Weights are counts: their sums are exact in float32. A sparse product adds them up between the
+    cuts at which recall grows, without a sorted copy of (N, R).
+    """
+    counts = np.ascontiguousarray(weights.T, np.float32)  # (N, R)
     result = np.full((len(weights), targets.shape[1]), np.nan)
     for label in np.flatnonzero((targets >= 0.5).any(0)):
-        known = ~np.isnan(targets[:, label])
-        order = np.argsort(-probs[known, label], kind="stable")
-        p, y = probs[known, label][order], targets[known, label][order] >= 0.5
-        w = weights[:, known][:, order]
-        cut = np.append(p[1:] != p[:-1], True)  # equal probabilities are one cut
-        tp, predicted = (np.cumsum(counted, axis=1)[:, cut] for counted in (w * y, w))
-        gained = np.diff(tp, axis=1, prepend=0)
+        known = np.flatnonzero(~np.isnan(targets[:, label]))
+        order = known[np.argsort(-probs[known, label], kind="stable")]
+        p, y = probs[order, label], targets[order, label] >= 0.5
+        cuts = np.flatnonzero(np.append(p[1:] != p[:-1], True))  # equal probabilities are one cut
+        hits = np.cumsum(y)[cuts]
+        grown = np.diff(hits, prepend=0) > 0
+        gained = _sum_between(order[y], hits[grown], counts)  # (cuts, R)
+        predicted = _sum_between(order, cuts[grown] + 1, counts).cumsum(0, float)
+        tp = gained.cumsum(0, float)
         with np.errstate(invalid="ignore"):
-            result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(1) / tp[:, -1]
+            result[:, label] = (gained * tp / np.maximum(predicted, 1e-12)).sum(0) / tp[-1]
     return result
+
+
+def _sum_between(order: Array, ends: Array, counts: Array) -> Array:
+    """Return the sums of `counts` (N, R) over rows `order[a:b]` between neighbouring ends."""
+    rows = order[: ends[-1]], np.append(0, ends)
+    pieces = csr_array((np.ones(ends[-1], np.float32), *rows), shape=(len(ends), len(counts)))
+    return pieces @ counts
 
 
 def mean_average_precision(targets: Array, probs: Array) -> float:
@@ -2110,16 +2476,27 @@ def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
     """Return both as (N, L) of float; the one place where NaN probabilities are refused."""
     if np.isnan(probs := np.asarray(probs, float)).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
+    if (targets := np.asarray(targets)).ndim == 1:  # numbers of classes, -1 for unknown
+        shares = (targets[:, None] == np.arange(probs.shape[1])).astype(np.float32)
+        shares[targets < 0] = np.nan
+        return shares, probs
     return np.asarray(targets, float), probs
+
+
+def rank_classes(targets: Array, probs: Array) -> Array:
+    """Return how many classes came before the true one (N,): top-k is rank < k; -1 is unknown."""
+    own = np.take_along_axis(probs, np.maximum(targets, 0)[:, None], axis=1)
+    earlier = np.arange(probs.shape[1]) < targets[:, None]  # of equal ones the first is taken
+    return np.where(targets >= 0, ((probs > own) | ((probs == own) & earlier)).sum(1), -1)
 
 
 def _replicates(
     targets: Any, probs: Any, thresholds: Cuts, groups: Groups, n_bootstrap: int, seed: int
 ) -> dict[str, Array]:
     """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
-    targets, probs = _as_scored(targets, probs)
+    numbers, (targets, probs) = np.asarray(targets), _as_scored(targets, probs)
     known, true = ~np.isnan(targets), targets >= 0.5
-    is_top1 = isinstance(thresholds, str) and thresholds == "argmax"
+    is_top1 = numbers.ndim == 1 or (isinstance(thresholds, str) and thresholds == "argmax")
     predicted = _most_probable(probs) if is_top1 else probs >= np.asarray(thresholds, float)
     index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
     n_groups = index.max() + 1
@@ -2129,7 +2506,9 @@ def _replicates(
     chunks = np.array_split(weights, max(1, weights.size // 20_000_000))
     scores = {"AP": np.vstack([_average_precision(targets, probs, chunk) for chunk in chunks])}
     cells = (true & predicted, ~true & predicted, true & ~predicted)
-    tp, fp, fn = (weights @ (known & c).astype(float) for c in cells)  # (1 + n_bootstrap, L)
+    counts = weights.astype(np.float32)  # their sums are exact, in half the time and memory
+    products = [counts @ (known & c).astype(np.float32) for c in cells]
+    tp, fp, fn = np.array(products, float)  # each (1 + n_bootstrap, L)
     wrong, judged = known & (true != predicted), known.any(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         scores |= {"precision": tp / (tp + fp), "recall": tp / (tp + fn)}
@@ -2137,6 +2516,10 @@ def _replicates(
         scores["micro F1"] = 2 * tp.sum(1) / (2 * tp + fp + fn).sum(1)
         scores["Hamming loss"] = weights @ wrong.sum(1) / (weights @ known.sum(1))
         scores["exact match"] = weights @ (judged & ~wrong.any(1)) / (weights @ judged)
+        if numbers.ndim == 1:
+            rank = rank_classes(numbers, probs)
+            for k in (1, 5):
+                scores[f"top-{k}"] = weights @ (judged & (rank < k)) / (weights @ judged)
     for mean, name in (("mAP", "AP"), ("macro F1", "F1")):  # of labels that a sample shows
         scores[mean] = np.ma.masked_invalid(scores[name]).mean(1).filled(np.nan)
     return scores
@@ -2162,11 +2545,13 @@ def score_labels(
 
     Args:
         targets, probs: (N, L); NaN targets are unknown, soft ones count as present from 0.5.
+            Or targets (N,) of class numbers, -1 for unknown: the most probable class decides.
         thresholds: one for all or one per label; "argmax" for classes that exclude each other.
         groups: (N,), what the bootstrap behind the 95 % intervals draws whole; None draws rows.
     """
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
-    table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
+    table, (targets, _) = pd.DataFrame(index=label_columns), _as_scored(targets, probs)
+    table.index.name = "label"
     table["support"], table["absent"] = (targets >= 0.5).sum(0), (targets < 0.5).sum(0)
     table["unknown"] = np.isnan(targets).sum(0)
     for name in ("AP", "precision", "recall", "F1"):
@@ -2187,9 +2572,10 @@ def summarize_scores(
     """Score all labels together, see `score_labels`; with "argmax", exact match is top-1."""
     scores = _replicates(targets, probs, thresholds, groups, n_bootstrap, seed)
     names = ["mAP", "macro F1", "micro F1", "Hamming loss", "exact match"]
+    names = ["top-1", "top-5", "mAP", "macro F1"] if "top-1" in scores else names
     rows = [(scores[name][0], *_interval(scores[name])) for name in names]
     table = pd.DataFrame(rows, pd.Index(names, name="score"), ["value", "low", "high"])
-    return table.assign(labels=f"{np.isfinite(scores['AP'][0]).sum()} of {targets.shape[1]}")
+    return table.assign(labels=f"{np.isfinite(scores['AP'][0]).sum()} of {scores['AP'].shape[1]}")
 
 
 def compare_scores(
@@ -2209,7 +2595,7 @@ def compare_scores(
         raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
 
     def replicates(runs: Array) -> Array:
-        shape, found = np.shape(targets), np.shape(runs)
+        shape, found = (len(targets), len(label_columns)), np.shape(runs)
         if found[-2:] != shape:
             expected = f"expected {shape}, as the targets, or several of these"
             raise ValueError(f"probabilities of shape {found}: {expected}.")
@@ -2334,7 +2720,7 @@ def _fit_slopes(z, y, spread, exclusive):
     They are 1 and 0 plus a change that all labels share and one of each label's own, both from
     normal distributions; `spread` is the standard deviation of the latter.
     """
-    scale = z.new_tensor([[3.0] + [spread] * y.shape[1]])  # 3: hardly held back
+    scale = z.new_tensor([[3.0] + [spread] * z.shape[1]])  # 3: hardly held back
     start = z.new_tensor([[1.0], [0.0]])
 
     def lines(weights):
@@ -2346,7 +2732,7 @@ def _fit_slopes(z, y, spread, exclusive):
         loss = _log_loss(z * slope + shift, y, exclusive)
         return (loss + weights.square().sum() / 2) / len(z)
 
-    found = lines(_minimize(penalised, z.new_zeros(2, 1 + y.shape[1])))
+    found = lines(_minimize(penalised, z.new_zeros(2, 1 + z.shape[1])))
     found[0].clamp_(min=0.05)  # a label that cannot be told is not turned round
     return found
 
@@ -2360,8 +2746,7 @@ def fit_calibration(
     left out in turn decide by their log loss; None if that is not lowered by more than its
     standard error. `exclusive` classes share a slope, 1 / temperature (arXiv 1706.04599).
     """
-    targets, probs = _as_scored(targets, probs)
-    z, y = _logits(probs, exclusive), torch.tensor(targets)
+    z, y = _logits(_as_scored(targets, probs)[1], exclusive), torch.as_tensor(np.asarray(targets))
     if not exclusive:
         y = torch.where(y.isnan(), y, (y >= 0.5).double())
     folds = _folds(np.arange(len(z)) if groups is None else np.asarray(groups))
@@ -2404,6 +2789,7 @@ def _choose_rules(
     calibration = fit_calibration(probs, targets, groups, exclusive)
     probs = calibrate(probs, calibration, exclusive)
     if exclusive:  # the one class that is said is right, or nothing is said
+        targets, probs = _as_scored(targets, probs)
         judged = ~np.isnan(targets).any(1)
         right = (targets.argmax(1) == probs.argmax(1))[judged, None].astype(float)
         high = find_bands(probs.max(1)[judged, None], right)[1]
@@ -2526,11 +2912,13 @@ class Classifier:
             for key in (name, f"panorama_{name}"):
                 content[key] = None if (rule := getattr(self, key)) is None else rule.tolist()
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
-        with _alone_in(path.parent, (path.parent / ".lock").exists()):  # where somebody trained
+        trained_in = _is_main() and (path.parent / ".lock").exists()  # by somebody who still may
+        with _alone_in(path.parent, trained_in):
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
             _write_json(
                 path, content | {"validation": metrics or {}, "versions": versions, "usual": usual}
             )
+        _this_process().wait_for_everyone()
         return path
 
     @classmethod
@@ -2543,6 +2931,8 @@ class Classifier:
         for panoramas of two halves again, after the combination with the highest mAP.
         """
         labels, options = part.label_columns, {"view": view, **options}
+        if part.exclusive:
+            options.setdefault("activation", "softmax")
         exclusive = options.get("activation", "sigmoid") == "softmax"
         rules = _choose_rules(probs, part.targets, labels, part.groups, exclusive)
         if exclusive or view == "panorama":
@@ -2613,26 +3003,103 @@ class Classifier:
         at the mirror images, too, in twice the time (None: as it was saved). With `abstain`,
         decisions that are not sure enough stay empty, see `find_bands`.
         """
+        items = _as_items(images)
+        with tqdm(total=len(items), desc="classifying", leave=False, delay=2) as bar:
+            options = batch_size, num_workers, unreadable, flip, panorama, abstain
+            return self._answer(items, bar, *options)[0]
+
+    def _answer(
+        self,
+        items,
+        bar,
+        batch_size=32,
+        num_workers=0,
+        unreadable="raise",
+        flip=None,
+        panorama=False,
+        abstain=False,
+    ):
         _check_choice("unreadable", unreadable, ("raise", "skip"))
         if abstain and self.bands is None:
             raise ValueError("abstain=True needs the bands that from_validation chooses.")
         flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
-        views = _Views(_as_items(images), self.transform, panorama, halves)
+        views, busy = _Views(items, self.transform, panorama, halves), 0.0
         loader = make_loader(views, batch_size, num_workers=num_workers)
-        probs, names, errors = [np.empty((0, 1 + halves, len(self.labels)))], [], []
+        loader = loader if num_workers else read_ahead(views, batch_size)
+        probs, names, failed = [np.empty((0, 1 + halves, len(self.labels)))], [], []
         with torch.inference_mode(), _autocast(self.model, self.device):
-            for batch, found, problems in tqdm(loader, "classifying", leave=False, delay=2):
-                errors += filter(None, problems)
-                if errors and unreadable == "raise":
-                    raise OSError(errors[0])
-                good = [not problem for problem in problems]
+            for batch, found, problems in loader:
+                failed += [(name, problem) for name, problem in zip(found, problems) if problem]
+                if failed and unreadable == "raise":
+                    raise OSError(failed[0][1])
+                start, good = time.perf_counter(), [not problem for problem in problems]
                 logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls)
                 answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                busy += time.perf_counter() - start
                 probs.append(answers[good])
                 names += itertools.compress(found, good)
+                bar.update(len(found))
         table = self._table(names, np.concatenate(probs), panorama, abstain)
-        table.attrs["unreadable"] = errors
-        return table
+        table.attrs |= {"unreadable": [problem for _, problem in failed], "busy": busy}
+        return table, failed
+
+    def predict_to(
+        self,
+        images: Any,
+        path: str | os.PathLike,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        unreadable: str = "skip",
+        chunk: int = 1000,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Write what `predict` returns for any number of photos to a .csv or .parquet, in order.
+
+        They are a folder, a glob, a CSV with a column image_path, or a list of paths. PATH.parts/
+        keeps their list and every `chunk` that is done: stopped or killed, the same call goes on
+        from there. The processes of `accelerate launch` share the work. What cannot be read stands
+        in failed.csv, with the reason. Returns counts, and the share of time that the model waited.
+        """
+        path, state, start, busy, n = Path(path), _this_process(), time.perf_counter(), 0.0, 0
+        _check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
+        parts, main = path.with_name(f"{path.name}.parts"), state.is_main_process
+        if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+            raise ImportError(f"{path}: pip install pyarrow first, or take the suffix .csv.")
+        is_one = isinstance(images, (str, os.PathLike))
+        images = os.fspath(images) if is_one else [os.fspath(photo) for photo in images]
+        run = {"images": images if is_one else joblib.hash(images)}
+        run |= {"chunk": chunk, "classifier": self._fingerprint(), **options}
+        with _alone_in(parts, main, "classification", "file"), _going_on(parts):
+            if main:
+                _begin(parts, images, run)
+            state.wait_for_everyone()
+            n_photos = _read_state(parts / "plan.json", f"delete {parts} to begin again")["photos"]
+            done = {int(file.stem) for file in parts.glob(f"{'[0-9]' * 8}.csv")}
+            todo = sorted(set(range(-(-n_photos // chunk))) - done)
+            [todo] = broadcast_object_list([todo])  # of the first process: all see the same
+            mine = set(todo[state.process_index :: state.num_processes])
+            shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
+            with tqdm(**shown, unit=" photos", disable=not main or None) as bar:
+                for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
+                    found = self._answer(paths, bar, batch_size, num_workers, unreadable, **options)
+                    _write_chunk(parts, number, *found)
+                    busy, n = busy + found[0].attrs["busy"], n + len(paths)
+            state.wait_for_everyone()
+            if main:
+                panorama = options.get("panorama", False)
+                views = 1 + (panorama and self.view == "half")
+                zeros, abstain = (
+                    np.zeros((1, views, len(self.labels))),
+                    options.get("abstain", False),
+                )
+                example = self._table(["a"], zeros, panorama, abstain)
+                _join(parts, path, example)
+            state.wait_for_everyone()
+        if main:
+            (parts / "plan.json").unlink()  # first: what is left then is never taken for a run
+            shutil.rmtree(parts, ignore_errors=True)
+        seconds = time.perf_counter() - start
+        return {"photos": n, "photos_per_second": n / seconds, "waited": 1 - busy / seconds}
 
     def predict_panorama(
         self, images: Any, batch_size: int = 16, *options: Any, **named: Any
@@ -2701,6 +3168,11 @@ class Classifier:
         found = self._distance(self._features(images, batch_size, num_workers))
         return np.searchsorted(self.usual["distances"], found).clip(max=100) / 100
 
+    def _fingerprint(self) -> str:
+        """Return what changes with weights, labels, thresholds and whatever else decides."""
+        weights = {k: v.float().cpu().numpy() for k, v in self.model.state_dict().items()}
+        return joblib.hash([weights, *(getattr(self, option.name) for option in fields(self)[1:])])
+
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
 
@@ -2715,11 +3187,119 @@ class Classifier:
         views = views.to(self.device)
         with torch.inference_mode():
             maps = _label_maps(self.model, views, index).cpu()
-            probs = _to_probs(self.model(views), self.exclusive)[:, index]
+            probs = self.calibrate(_to_probs(self.model(views), self.exclusive))[:, index]
         maps = F.interpolate(maps[:, None], views.shape[2:])[:, 0].numpy()
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
         return np.concatenate(list(maps * strength[:, None, None]), axis=1)
+
+
+@contextlib.contextmanager
+def _going_on(parts: Path) -> Iterator[None]:
+    how = "the same call goes on from there"
+    try:
+        with _writing(parts, how):
+            yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{parts} keeps what is done; {how}") from None
+
+
+def _each_path(images: str | list[str]) -> Iterator[str]:
+    """Yield the paths of a folder, a CSV, a glob or a list, in its order."""
+    if not isinstance(images, str):
+        yield from images
+    elif os.path.isdir(images):
+        yield from map(str, iterate_images(images))
+    elif os.path.isfile(images):
+        yield from _read_paths(Path(images)) if images.lower().endswith(".csv") else [images]
+    elif glob.has_magic(images):
+        found = sorted(glob.iglob(images, recursive=True))
+        yield from (p for p in found if Path(p).suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        raise FileNotFoundError(f"{images}: no such folder, CSV or photo.")
+
+
+def _read_paths(table: Path) -> Iterator[str]:
+    with open(table, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        try:
+            if "image_path" not in (rows.fieldnames or ()):
+                raise _bad_line(table, 1, "expected a column image_path")
+            for row in rows:
+                if not row["image_path"]:
+                    raise _bad_line(table, rows.line_num, "no image_path")
+                yield _seen_from_here(table, row["image_path"])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{table}: no CSV of UTF-8 text ({error}).") from None
+
+
+def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
+    """List the photos, or check that what was begun is to go on."""
+    plan, fix = parts / "plan.json", f"delete {parts} to begin again"
+    if not plan.is_file():
+        for old in parts.glob("*.csv"):
+            old.unlink()
+        with replacing(parts / "paths.jsonl") as temporary, open(temporary, "w") as file:
+            n_photos = sum(file.write(json.dumps(photo) + "\n") > 0 for photo in _each_path(images))
+        if not n_photos:
+            raise FileNotFoundError(f"{images}: no image in it.")
+        _write_json(plan, run | {"photos": n_photos})
+    before = _read_state(plan, fix)
+    changed = [key for key, value in run.items() if before.get(key) != value]
+    if changed:
+        problem = f"{parts}: begun with another {_some(changed)}"
+        raise ValueError(f"{problem}; restore it to go on, or {fix}.")
+
+
+def _read_chunks(path: Path, size: int, wanted: set[int]) -> Iterator[tuple[int, list[str]]]:
+    with open(path, encoding="utf-8") as lines:
+        for number in itertools.count():
+            if not (some := list(itertools.islice(lines, size))):
+                return
+            if number in wanted:
+                yield number, [json.loads(line) for line in some]
+
+
+def _write_chunk(parts: Path, number: int, table: pd.DataFrame, failed: list) -> None:
+    """Write the failed ones first: with the other file a chunk is done."""
+    tables = {"failed.csv": pd.DataFrame(failed, columns=["image", "reason"]), "csv": table}
+    for suffix, rows in tables.items():
+        with replacing(parts / f"{number:08}.{suffix}", by_all=True) as temporary:
+            rows.to_csv(temporary, index=False, header=False, errors="backslashreplace")
+
+
+def _join(parts: Path, path: Path, example: pd.DataFrame) -> None:
+    """Put the chunks together under the columns of `example`; the failed ones first."""
+    before = path.stem.removesuffix("predictions").rstrip("_")
+    failed = path.with_name(f"{before}_failed.csv" if before else "failed.csv")
+    reasons = pd.DataFrame(columns=["image", "reason"])
+    for suffix, target, rows in (("failed.csv", failed, reasons), ("csv", path, example)):
+        chunks = sorted(parts.glob(f"{'[0-9]' * 8}.{suffix}"))
+        write = _join_parquet if target.suffix == ".parquet" else _join_csv
+        with replacing(target) as temporary:
+            write(chunks, temporary, rows)
+
+
+def _join_csv(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
+    with open(target, "wb") as file:
+        header = example.iloc[:0].to_csv(index=False)
+        file.write(header.encode("utf-8", "backslashreplace"))
+        for chunk in chunks:
+            with open(chunk, "rb") as rows:
+                shutil.copyfileobj(rows, file)
+
+
+def _join_parquet(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    schema = pyarrow.Schema.from_pandas(example, preserve_index=False).remove_metadata()
+    names = csv.ReadOptions(column_names=schema.names)
+    cells = csv.ParseOptions(newlines_in_values=True)
+    types = csv.ConvertOptions(column_types=schema)
+    with parquet.ParquetWriter(target, schema) as writer:
+        for chunk in filter(lambda chunk: chunk.stat().st_size, chunks):
+            writer.write_table(csv.read_csv(chunk, names, cells, types))
 
 
 def _as_items(images: Any) -> list[Any]:
@@ -2901,8 +3481,10 @@ def finish_run(trainer: Trainer) -> Classifier:
     config, part = trainer.config, trainer.val_set
     probs = trainer.predict(part, flip=config.flip_test)
     options = {"view": config.view, "flip": config.flip_test}
+    options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
-    scores = summarize_scores(part.targets, probs, classifier.thresholds, n_bootstrap=0)
+    cuts = "argmax" if classifier.exclusive else classifier.thresholds
+    scores = summarize_scores(part.targets, probs, cuts, n_bootstrap=0)
     path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
     return Classifier.load(path, part.label_columns)
 
@@ -2940,3 +3522,110 @@ def plot_label_maps(
             titles.append(f"{name}\n{label} ({answers[f'{label}_prob'][i]:.2f})")
     bar = "strongest cell of each map = 1"
     return show_images(pictures, titles, columns=len(examples), width=1.9, bar=bar)
+
+
+# ---------------------------------------------------------------- report
+
+_PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width"><style>
+body {font: 15px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em}
+div {overflow-x: auto} table {border-collapse: collapse; font-size: 13px} img {max-width: 100%}
+th, td {border-bottom: 1px solid #ddd; padding: 2px 9px} tbody th {text-align: left}
+</style></head><body><h1>{{ title }}</h1>{% for heading, items in sections.items() %}
+<h2>{{ heading }}</h2>{% for item in items %}{% if item is string %}<p>{{ item }}</p>
+{% else %}<div>{{ draw(item)|safe }}</div>{% endif %}{% endfor %}{% endfor %}</body></html>"""
+
+
+def _to_html(item: pd.DataFrame | plt.Figure) -> str:
+    """Return a table (its texts escaped) or a figure, which is closed, as HTML on its own."""
+    if isinstance(item, pd.DataFrame):
+        return item.to_html(na_rep="–", border=0, float_format="{:.3f}".format)
+    item.savefig(file := io.BytesIO(), format="jpeg", dpi=110)
+    plt.close(item)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def _report_data(parts: dict[str, pd.DataFrame], labels: list[str]) -> list:
+    rows = pd.concat(parts, names=["part"]).reset_index("part")
+    rows["panorama"] = rows["image_path"].map(panorama_name)
+    counts = rows.groupby("part", sort=False)[["image_path", "group_id", "panorama"]].nunique()
+    counts.columns = ["photos", "groups", "panoramas"]
+    cells = [("present", lambda y: y >= 0.5), ("absent", lambda y: y < 0.5), ("unknown", pd.isna)]
+    found = {(part, k): f(parts[part][labels]).sum() for part in parts for k, f in cells}
+    sizes = rows["image_path"].map(os.path.getsize)
+    alike = rows[sizes.duplicated(keep=False)]  # only files of one size can be equal
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in alike["image_path"]]
+    twice = [alike.groupby(digests), rows.groupby("panorama")]
+    twice = "{} equal files, {} panoramas".format(*(g["part"].nunique().gt(1).sum() for g in twice))
+    source = f"Photos below {os.path.commonpath([*rows['image_path']])}. In two parts: 0 groups,"
+    said = f"{source} {twice}; near-duplicates are counted in partitioning.ipynb."
+    return [said, counts, pd.DataFrame(found)]
+
+
+def _report_training(config: TrainConfig, history: pd.DataFrame, about: dict[str, Any]) -> list:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    time = f"{history['epoch'].max():.0f} epochs in {history['seconds'].sum() / 60:.1f} minutes"
+    said = f"{time}, seed {config.seed}. Python {sys.version.split()[0]}, {versions}."
+    settings = {o.name: [str(getattr(config, o.name)), o.metadata["help"]] for o in fields(config)}
+    table = pd.DataFrame.from_dict(settings, "index", columns=["value", "what it does"])
+    return [said, plot_history(history), table]
+
+
+def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> list:
+    answers = part.targets, probs
+    table = score_labels(*answers, part.label_columns, cut, part.groups, seed=seed)
+    few = ", ".join(table.index[table["note"] != ""]) or "no label"
+    groups = pd.Series(part.groups, dtype=str)
+    sites = {}
+    for site, rows in groups.groupby(groups.str.split("/").str[0], sort=False).indices.items():
+        scores = summarize_scores(*(x[rows] for x in answers), cut, n_bootstrap=0)["value"]
+        sites[site] = pd.Series({"photos": len(rows)} | scores.to_dict())
+    said = f"Intervals of 95 % by a bootstrap of whole groups. Too few to judge: {few}."
+    overall = summarize_scores(*answers, cut, part.groups, seed=seed)
+    by_site = pd.DataFrame(sites).T.astype({"photos": int})
+    return [said, overall, table.drop(columns="note"), "Site by site:", by_site]
+
+
+def _report_mistakes(
+    used: Classifier, part: DataPartition, probs: Array, reported: Array, most: int
+) -> list:
+    true = part.targets >= 0.5
+    error = np.where(~np.isnan(part.targets) & (true != reported), np.abs(probs - true), 0)
+    worst = np.argsort(-error, axis=None, kind="stable")[: min(most, np.count_nonzero(error))]
+    pictures, titles = [], []
+    for i, j in zip(*np.unravel_index(worst, error.shape)):
+        path, label = part.paths[i], part.label_columns[j]
+        pictures += [path, overlay_heat_map(path, used.explain(path, label))]
+        word = "missed" if true[i, j] else "wrongly reported"
+        titles += [f"{label}: {word}\nprobability {probs[i, j]:.2f}", Path(path).stem]
+    drawn = [show_images(pictures, titles, columns=4, width=2.4)] if pictures else []
+    return ["Each photo, and beside it where the model looks for that label.", *drawn]
+
+
+def write_report(run_dir: str | os.PathLike, most: int = 8) -> Path:
+    """Write RUN_DIR/report.html, one page that needs no other file: data, training, test, mistakes.
+
+    All is read from the run's files and its partitions; the `most` surest mistakes are shown.
+    """
+    import jinja2
+
+    run, path = Path(run_dir), Path(run_dir) / "report.html"
+    config = TrainConfig.read(run / "config.json")
+    parts, labels = load_parts(config.partition_dir)
+    used, part = Classifier.load(run / "best_classifier.json", labels), parts["test"]
+    history = pd.read_csv(_need_file(run / "history.csv", "run training.ipynb to make it"))
+    part = DataPartition(part, labels)
+    table = used.predict(part.paths, config.batch_size, config.num_workers)
+    probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
+    sections = {
+        "Data": _report_data(parts, labels),
+        "Training": _report_training(config, history, used.description),
+        "Scores on the test part": _report_scores(part, probs, used.thresholds, config.seed),
+        "The surest mistakes": _report_mistakes(used, part, probs, reported.to_numpy(), most),
+    }
+    title = f"{run.name}: {config.model_name}, {used.model.spec['head']} head"
+    page = jinja2.Template(_PAGE, autoescape=True)
+    text = page.render(title=title, sections=sections, draw=_to_html)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path

@@ -3,7 +3,8 @@
 python tests/run_notebooks.py                 all of them, into runs/report/index.html
 python tests/run_notebooks.py training csra   only these; what they read must be there already
 python tests/run_notebooks.py --pictures      run nothing; docs/ gets the figures of cells that
-                                              are tagged "picture" or "overview", as they are now
+                                              are tagged "picture" or "overview", as they are now,
+                                              and results.jpg from the numbers of docs/results.md
 """
 
 import argparse
@@ -16,7 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
@@ -35,6 +38,15 @@ NOTEBOOKS = [
     "pretraining",
     "scratch",
     "tuning",
+]
+VOC, REAL = "900 photos of PASCAL VOC, 5 labels", "62 real panoramas (halves), 7 labels"
+RESULTS = [  # data, model, how its line in docs/results.md begins, and in which column it stands
+    (VOC, "probe", "| voc5, 900 photos", 5),
+    (VOC, "fine-tuned", "| voc5, 900 photos", 4),
+    (VOC, "fine-tuned, CSRA head", "| CSRA |", 2),
+    (VOC, "fine-tuned, ML-Decoder head", "| ML-Decoder (", 2),
+    (REAL, "probe", "| 62 real panoramas", 5),
+    (REAL, "fine-tuned", "| 62 real panoramas", 4),
 ]
 STYLE = """body {font: 16px sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em}
 li {margin: 1.5em 0} img {display: block; max-width: 24em; max-height: 14em; margin-top: 0.5em}"""
@@ -71,6 +83,44 @@ def keep_pictures(root: Path, names: Sequence[str], most_bytes: int = 60_000) ->
                         break
                 kept.append(path)
     return kept
+
+
+def read_results(text: str) -> dict[str, dict[str, list[float]]]:
+    """Return {data: {model: test mAP of each seed}} from the first line that begins as it should.
+
+    A cell is "0.92 ± 0.01 (0.91, 0.93)", seeds in brackets, or "0.91, 0.93", or "0.92".
+    """
+    results: dict[str, dict[str, list[float]]] = {}
+    for data, model, start, column in RESULTS:
+        line = next((line for line in text.splitlines() if line.startswith(start)), None)
+        if line is None:
+            raise ValueError(f"docs/results.md: no line begins with {start!r}; change RESULTS.")
+        cell = line.split("|")[column]
+        numbers = [float(number) for number in re.findall(r"\d\.\d+", cell)]
+        results.setdefault(data, {})[model] = numbers[2:] if "±" in cell else numbers
+    return results
+
+
+def draw_results(root: Path) -> Path:
+    """Draw the test mAP of docs/results.md: the mean over the seeds ± sd, and each seed."""
+    results = read_results((root / "docs" / "results.md").read_text(encoding="utf-8"))
+    rows = {"height_ratios": [len(models) for models in results.values()]}
+    options = {"sharex": True, "figsize": (7.5, 3.2), "layout": "constrained"}
+    figure, axes = plt.subplots(len(results), 1, gridspec_kw=rows, **options)
+    for axis, (data, models) in zip(axes, results.items()):
+        for model, seeds in models.items():
+            spread = np.std(seeds, ddof=1) if len(seeds) > 1 else None
+            axis.errorbar(np.mean(seeds), model, xerr=spread, fmt="o", color="tab:blue")
+            if spread is not None:
+                axis.plot(seeds, [model] * len(seeds), "|", color="tab:orange", ms=11, mew=1.5)
+        axis.set_title(data, fontsize=10, loc="left")
+        axis.margins(y=0.2)
+        axis.invert_yaxis()
+    axes[-1].set_xlabel("test mAP: mean over the seeds ± standard deviation; a tick is one seed")
+    path = root / "docs" / "results.jpg"
+    figure.savefig(path, dpi=130, pil_kwargs={"quality": 85})
+    plt.close(figure)
+    return path
 
 
 def entry(name: str, notebook: nbformat.NotebookNode, state: str) -> str:
@@ -121,7 +171,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no notebook {', '.join(unknown)}; expected some of {', '.join(NOTEBOOKS)}")
     if arguments.pictures:
-        print(*keep_pictures(ROOT, names), sep="\n")
+        print(*keep_pictures(ROOT, names), draw_results(ROOT), sep="\n")
         return 0
     failed = run(arguments.to, ROOT, names)
     print(f"Open {arguments.to / 'index.html'} in a browser.")

@@ -551,6 +551,48 @@ def test_two_processes_may_write_the_same_cache_entry(partition, tmp_path):
     assert [path.suffix for path in files] == [".npy"]  # one entry, nothing half-written
 
 
+def kept_copies(cache):
+    return sorted(cache.glob("??/*.npy"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_full_cache_loses_its_oldest_copies_and_pictures_stay_the_same(partition, tmp_path):
+    cache = tmp_path / "cache"
+    roomy = du.DataPartition(partition, ["tree"], resize(20, 30), tmp_path / "roomy")
+    copy_gb = 30 * 20 * 3 / 1e9 + 128e-9  # numpy's header
+    data = du.DataPartition(partition, ["tree"], resize(20, 30), cache, 2.5 * copy_gb)
+    data[0], data[1]
+    first, second = kept_copies(cache)
+    os.utime(first, (1, 1))  # not left to the clock of the file system
+    os.utime(second, (2, 2))
+    (cache / "mine.npy").write_bytes(bytes(9000))  # neither counted nor removed
+    for number in (2, 3, 0, 1):
+        assert np.array_equal(np.asarray(data[number][0]), np.asarray(roomy[number][0]))
+        assert len(kept_copies(cache)) <= 2
+        assert du.trim_cache(cache) <= 2.5 * copy_gb
+    assert (cache / "mine.npy").exists()
+    assert not first.exists() or first.stat().st_mtime > 3  # made again
+
+
+def test_cache_that_fits_is_never_trimmed(partition, tmp_path):
+    data = du.DataPartition(partition, ["tree"], resize(20, 30), tmp_path / "cache", 1e-3)
+    pictures = [np.asarray(data[number][0]) for number in range(4)]
+    assert len(kept_copies(tmp_path / "cache")) == 4
+    sizes = sum(path.stat().st_size for path in kept_copies(tmp_path / "cache"))
+    assert du.trim_cache(tmp_path / "cache") == pytest.approx(sizes / 1e9)
+    assert all(np.array_equal(data[number][0], pictures[number]) for number in range(4))
+
+
+def test_processes_share_a_cache_that_is_far_too_small(partition, tmp_path):
+    many = partition.iloc[[0, 1, 2, 3] * 6]
+    transform = du.make_transforms(PlainModel(24, 24), train=False)
+    data = du.DataPartition(many, ["tree"], transform, tmp_path / "cache", 5e-6)
+    plain = du.DataPartition(many, ["tree"], transform)
+    for number, (images, _) in enumerate(du.make_loader(data, 1, num_workers=2)):
+        assert (images[0] - plain[number][0]).abs().max() < 0.1
+    assert du.trim_cache(tmp_path / "cache") <= 5e-6
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".npy"]
+
+
 # ---------------------------------------------------------------- TriStateMixup
 
 
@@ -794,7 +836,7 @@ def test_captions_hold_all_labels_between_words_and_keep_their_lines():
     plt.close(figure)
 
 
-def test_heat_map_of_four_cells_is_drawn_as_four_cells_over_the_whole_photo(notebook_functions):
+def test_heat_map_of_four_cells_is_drawn_as_four_cells_over_the_whole_photo():
     heat_map = np.kron(np.array([[0.0, 0.5], [0.25, 1.0]]), np.ones((8, 8)))
     photo = Image.new("RGB", (120, 60), (100, 100, 100))
     over = du.overlay_heat_map(photo, heat_map)
@@ -802,9 +844,6 @@ def test_heat_map_of_four_cells_is_drawn_as_four_cells_over_the_whole_photo(note
     assert len(np.unique(over.reshape(-1, 3), axis=0)) == 4  # no colour between cells
     assert (over[:30, :60] == 100).all()
     assert (over[30:, 60:] == over[-1, -1]).all()
-    count_cells = notebook_functions("classifier").count_cells
-    assert count_cells(heat_map) == "2 × 2 cells"
-    assert count_cells(np.repeat(heat_map, 2, axis=1)[:8]) == "1 × 2 cells"
 
 
 def test_colour_bar_is_drawn_when_it_has_a_name():

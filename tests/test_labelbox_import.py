@@ -210,7 +210,10 @@ def test_present_labels_that_cannot_be_written_are_returned(tmp_path, export):
     ("predictions", "message"),
     [
         ({"image": ["a.jpg", "z.jpg"], "Grass": 1}, r"not in the export, .* as well: z\.jpg\.$"),
-        ({"image": ["a.jpg", "a.jpg"], "Grass": 1}, r"twice, expected one row an image: a\.jpg\.$"),
+        (
+            {"image": ["a.jpg", "a.jpg"], "Grass": 1},
+            r"twice, expected one row per image: a\.jpg\.$",
+        ),
         ({"image": ["a.jpg", "x/a.jpg"], "Grass": 1}, r"twice, .* image: x/a\.jpg\.$"),
         ({"image": ["a.jpg"], "Gras": 1}, "no answer shows the labels Gras; drop or rename them"),
         ({"image": ["a.jpg"], "part": "left"}, "no answer shows the labels part"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
-from run_notebooks import keep_pictures, run
+from run_notebooks import ROOT, draw_results, keep_pictures, read_results, run
 
 
 @pytest.fixture
@@ -57,3 +57,29 @@ def test_the_figure_of_a_tagged_cell_is_kept_small(tmp_path):
     assert (tmp_path / "docs/a.jpg").stat().st_size <= 200_000
     with Image.open(tmp_path / "docs/a.jpg") as image:
         assert image.size == (1100, 471)
+
+
+RESULTS = """
+| voc5, 900 photos, by photo | net | 42 | 0.915 ± 0.006 (0.922, 0.910, 0.914) | 0.911 | 0.8 |
+| 62 real panoramas (halves) | net | 42 | 0.879 ± 0.019 (0.889, 0.892, 0.857) | 0.829 | 0.6 |
+| 62 real panoramas (halves) | another | 42 | 0.1 | 0.1 | 0.1 |
+| CSRA | 0.924 ± 0.006 (0.922, 0.931, 0.919) | -0.001 (-0.023 to +0.015) |
+| ML-Decoder (seeds 42, 43) | 0.903, 0.902 | -0.019 |
+"""
+
+
+def test_figure_of_results_has_the_seeds_of_the_tables(tmp_path):
+    voc, panoramas = read_results(RESULTS).values()
+    assert voc == {
+        "probe": [0.911],
+        "fine-tuned": [0.922, 0.910, 0.914],
+        "fine-tuned, CSRA head": [0.922, 0.931, 0.919],
+        "fine-tuned, ML-Decoder head": [0.903, 0.902],
+    }
+    assert panoramas == {"probe": [0.829], "fine-tuned": [0.889, 0.892, 0.857]}
+    with pytest.raises(ValueError, match=r"results\.md: no line begins with '\| CSRA \|'"):
+        read_results(RESULTS.replace("| CSRA |", "| head |"))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(RESULTS, encoding="utf-8")
+    assert draw_results(tmp_path).stat().st_size <= 60_000
+    assert read_results((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))

@@ -486,7 +486,43 @@ def test_settings_are_saved_beside_the_results(sets, tmp_path):
     trainer(sets, tmp_path, epochs=1, learning_rate=0.003).fit()
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["learning_rate"] == 0.003
-    assert du.TrainConfig(**saved) == config(epochs=1, learning_rate=0.003)
+    assert du.TrainConfig(**saved) == config(epochs=1, learning_rate=0.003, loss="bce")
+
+
+def test_measured_choice_is_the_fastest_and_a_resumed_run_keeps_it(sets, tmp_path, monkeypatch):
+    def measured(*fastest):
+        monkeypatch.setattr(du, "time_steps", lambda *_: {fastest: 0.1, ("no", False): 0.2})
+
+    measured("bf16", True)
+    run = trainer(sets, tmp_path, epochs=2, precision="measure")
+    assert (run.accelerator.mixed_precision, run.channels_last) == ("bf16", True)
+    run.fit(lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
+    measured("no", False)  # the machine is busy with something else now
+    again = trainer(sets, tmp_path, epochs=2, precision="measure")
+    assert (again.config.precision, again.config.channels_last) == ("bf16", True)
+    assert len(again.resume()) == 2
+    other = trainer(sets, tmp_path, epochs=2, precision="measure", seed=1)  # another run
+    assert (other.config.precision, other.config.channels_last) == ("no", False)
+
+
+def test_measuring_leaves_the_model_as_it_was(sets, tmp_path, capsys):
+    model, ruled = ChannelNet(), ChannelNet()
+    ruled.load_state_dict(model.state_dict())
+    run = trainer(sets, tmp_path, model, precision="measure")
+    assert run.config.precision in ("no", "bf16")
+    assert "photos/s measured, the first is taken" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ruled.parameters()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_every_precision_and_layout_is_timed():
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(9)), nn.Flatten())
+    for layouts in ((False, True), (True,)):
+        seconds = du.time_steps(model, torch.rand(2, 3, 8, 8), layouts)
+        half = {"no", du._half_precision("cpu")}
+        assert seconds.keys() == {(name, is_last) for name in half for is_last in layouts}
+        assert list(seconds.values()) == sorted(seconds.values())
+        assert min(seconds.values()) > 0
 
 
 def test_fit_starts_afresh_in_a_folder_that_was_used_before(sets, tmp_path):

@@ -1,0 +1,166 @@
+"""The same loops on a cluster: joblib's dask backend, and scripts of notebooks in two processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import joblib
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import test_classifier as t
+import torch
+from cloudpickle import register_pickle_by_value
+from run_notebooks import ROOT
+from test_imagesplit import scene, write_panorama
+
+import data_utils as du
+
+# ---------------------------------------------------------------- dask
+
+
+@pytest.fixture(scope="module")
+def dask_cluster():
+    """Start two worker processes; what runs inside `with joblib.parallel_config` goes to them."""
+    distributed = pytest.importorskip("distributed", reason="dask is an extra")
+    options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    cluster = distributed.LocalCluster(n_workers=2, **options)
+    with cluster, distributed.Client(cluster) as client:
+        yield client
+
+
+def split_or_die(split, log, path, *folders):
+    """Split a panorama; the process that first meets number 5 is killed."""
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()} {path.stem}\n")
+    first = Path(f"{log}.killed")
+    if path.stem == "5" and not first.exists():
+        first.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return split(path, *folders)
+
+
+def test_killed_dask_worker_is_replaced_and_no_panorama_is_lost_or_done_twice(
+    dask_cluster, notebook_functions, tmp_path
+):
+    nb = notebook_functions("imagesplit")
+    register_pickle_by_value(nb)  # the workers have no notebook
+    for i in range(8):
+        write_panorama(tmp_path / "in" / f"{i}.jpg", scene(128, 64))
+    paths, folders = sorted((tmp_path / "in").glob("*.jpg")), (tmp_path / "in", tmp_path / "out")
+    log = tmp_path / "log"
+    split = joblib.delayed(partial(split_or_die, nb.split_panorama, log))
+    before = {worker["pid"] for worker in dask_cluster.run(lambda: {"pid": os.getpid()}).values()}
+    with joblib.parallel_config(backend="dask"):  # as in the notebook:
+        jobs = [split(path, *folders) for path in paths]
+        done = list(joblib.Parallel(-1, return_as="generator")(jobs))
+    assert [status for status, _ in done] == ["written"] * 8
+    expected = {f"{i}_{side}.jpg" for i in range(8) for side in ("left", "right")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    tried = [line.split() for line in log.read_text().splitlines()]
+    assert sum(name == "5" for _, name in tried) == 2  # by the killed one and by another
+    assert len({pid for pid, _ in tried} & {str(pid) for pid in before}) >= 1
+    dask_cluster.wait_for_workers(2, timeout=60)  # a new one has taken its place
+
+
+def test_hashes_features_and_cached_photos_are_the_same_from_dask(
+    dask_cluster, notebook_functions, tmp_path
+):
+    nb = notebook_functions("partitioning")
+    register_pickle_by_value(nb)
+    paths = [tmp_path / f"{i}.jpg" for i in range(7)]
+    for i, path in enumerate(paths):
+        t.picture(i % 6).save(path, quality=95)  # the last looks like the first
+    model = t.tiny_model()
+    table = pd.DataFrame({"image_path": map(str, paths), "tree": 1.0})
+    part = du.DataPartition(table, ["tree"], du.make_transforms(model, train=False))
+    here = nb.find_near_duplicates(paths), du.extract_features(model, part)
+    part.cache_dir = tmp_path / "cache"
+    with joblib.parallel_config(backend="dask"):
+        pairs = nb.find_near_duplicates(paths)
+        features = du.extract_features(model, part, n_jobs=-1, chunk=3)
+    pd.testing.assert_frame_equal(pairs, here[0])
+    assert pairs[["first", "second"]].to_numpy().tolist() == [[0, 6]]
+    torch.testing.assert_close(features, here[1])
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 7
+
+
+# ---------------------------------------------------------------- scripts of notebooks
+
+
+def write_script(name, folder, parameters):
+    """Turn a notebook into a script as docs/cluster.md says, with other parameters."""
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    command = [sys.executable, "-m", "nbconvert", "--to", "script", f"{name}.ipynb"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
+    return (folder / f"{name}.py").read_text(encoding="utf-8")
+
+
+LOG_WRITES = """
+import os, pathlib
+_replace = os.replace
+def replace(source, target):
+    with open(f"writes{os.environ['RANK']}.txt", "a") as file:
+        file.write(f"{target}\\n")
+    _replace(source, target)
+os.replace = replace
+"""
+
+
+def test_training_and_classifier_run_as_scripts_in_two_processes(tmp_path):
+    """Only the first process writes; photos are classified once, by one of the two."""
+    rng = np.random.default_rng(0)
+    for i in range(36):
+        path = tmp_path / "photos" / f"place {i % 6}" / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        t.picture(i).save(path)
+    paths = sorted((tmp_path / "photos").rglob("*.jpg"))
+    table = pd.DataFrame({"image_path": paths, "group_id": [p.parent.name for p in paths]})
+    table["tree"], table["grass"] = rng.integers(0, 2, (2, 36))
+    for name, places in (("train", "0123"), ("val", "4"), ("test", "5")):
+        rows = table["group_id"].str[-1].isin(list(places))
+        du.write_partition(table[rows], tmp_path / "partitions" / f"{name}_partition.csv")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no photo")
+    network = {"MODEL_NAME": "test_vit", "MODEL_KWARGS": {"patch_size": 8}, "IMG_WIDTH": 16}
+    network |= {"N_EPOCHS": 1, "BATCH_SIZE": 4, "OPTIONS": {"warmup_epochs": 0}}
+    use = {"RUN_DIR": "runs/linear", "IMAGE_DIR": "photos", "PANORAMA_DIR": None}
+    use |= {"OUTPUT_DIR": "out", "BATCH_SIZE": 4}
+    where = {"PARTITION_DIR": "partitions"}
+    script = LOG_WRITES + write_script("training", tmp_path, network | where)
+    script += write_script("classifier", tmp_path, use | where)
+    (tmp_path / "survey.py").write_text(script, encoding="utf-8")
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    command = [sys.executable, "-m", *launch, "survey.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert found["image"].tolist() == [str(p.relative_to(tmp_path)) for p in paths]
+    assert pd.read_csv(tmp_path / "out" / "failed.csv")["image"].tolist() == ["photos/broken.jpg"]
+    classifier = du.Classifier.load(tmp_path / "runs/linear/best_classifier.json")
+    expected = classifier.predict(paths)[["tree_prob", "grass_prob"]]
+    np.testing.assert_allclose(found[["tree_prob", "grass_prob"]], expected, atol=1e-5)
+    written = [(tmp_path / f"writes{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    assert {Path(path).name for path in written[0]} >= {"best_classifier.json", "predictions.csv"}
+    assert all("predictions.csv.parts" in path for path in written[1])
+    history = pd.read_csv(tmp_path / "runs" / "linear" / "history.csv")
+    assert history["epoch"].max() == 1
+
+
+def test_launcher_cell_of_the_page_trains_in_two_processes(tmp_path):
+    """No call of CUDA before it; processes are forked, as in a notebook with several GPUs."""
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    cell = re.search(r"```python\n(.*?notebook_launcher.*?)```", page, re.S)[1]
+    assert "notebook_launcher(train, num_processes=8)" in cell
