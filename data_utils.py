@@ -1594,11 +1594,10 @@ def _fit_logistic(x, y, strength, exclusive, num_labels):
     return _minimize(penalised, x.new_zeros(x.shape[1] + 1, num_labels))
 
 
-def _minimize(convex, weights):
+def _minimize(convex, weights, **options):
     """Return the weights at which a convex function of them is lowest."""
-    optimizer = torch.optim.LBFGS(
-        [weights.requires_grad_()], max_iter=200, line_search_fn="strong_wolfe"
-    )
+    options = {"max_iter": 200, "line_search_fn": "strong_wolfe"} | options
+    optimizer = torch.optim.LBFGS([weights.requires_grad_()], **options)
 
     def closure():
         optimizer.zero_grad()
@@ -2693,7 +2692,7 @@ def find_optimal_thresholds(
     return table.assign(positives=positives, source=source)
 
 
-CALIBRATION_SPREADS = (0.0, 0.1, 0.3, 1.0)
+CALIBRATION_SPREADS = (0.0, 0.3, 1.0)
 
 
 def _logits(probs: Array, exclusive: bool) -> torch.Tensor:
@@ -2721,18 +2720,19 @@ def _fit_slopes(z, y, spread, exclusive):
     normal distributions; `spread` is the standard deviation of the latter.
     """
     scale = z.new_tensor([[3.0] + [spread] * z.shape[1]])  # 3: hardly held back
-    start = z.new_tensor([[1.0], [0.0]])
+    same = z.new_tensor([[1.0], [0.0]])
 
     def lines(weights):
         both = scale * weights
-        return start + both[:, :1] + both[:, 1:]
+        return same + both[:, :1] + both[:, 1:]
 
     def penalised(weights):
         slope, shift = lines(weights)
         loss = _log_loss(z * slope + shift, y, exclusive)
         return (loss + weights.square().sum() / 2) / len(z)
 
-    found = lines(_minimize(penalised, z.new_zeros(2, 1 + z.shape[1])))
+    start = z.new_zeros(2, 1 + z.shape[1])
+    found = lines(_minimize(penalised, start, max_iter=50, tolerance_change=1e-6))
     found[0].clamp_(min=0.05)  # a label that cannot be told is not turned round
     return found
 
