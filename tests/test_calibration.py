@@ -69,7 +69,7 @@ def test_hardly_held_back_it_is_platt_scaling_by_scikit_learn():
     z = du._logits(probs, False)
     found = du._fit_slopes(z, torch.tensor(targets), 1e4, False).numpy()
     platt = LogisticRegression(C=np.inf, tol=1e-8).fit(z.numpy(), targets[:, 0])
-    np.testing.assert_allclose(found[:, 0], [platt.coef_[0, 0], platt.intercept_[0]], rtol=1e-3)
+    np.testing.assert_allclose(found[:, 0], [platt.coef_[0, 0], platt.intercept_[0]], rtol=5e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))
