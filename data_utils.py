@@ -2588,10 +2588,12 @@ def compare_scores(
 ) -> pd.DataFrame:
     """Compare the AP of two models on the same bootstrap samples, so that what they share cancels.
 
-    `probs` and `baseline` may be (S, N, L), of S trainings whose scores are averaged.
+    `probs` and `baseline` may be (S, N, L), of S trainings whose scores are averaged. Of class
+    numbers (N,) the last line compares the top-1 accuracy.
     """
-    if "mAP" in label_columns:
-        raise ValueError("a label is named 'mAP', as the line for all labels; rename it.")
+    lines = ["mAP", "top-1"] if np.ndim(targets) == 1 else ["mAP"]
+    if taken := [name for name in lines if name in label_columns]:
+        raise ValueError(f"a label is named {taken[0]!r}, as a line for all labels; rename it.")
 
     def replicates(runs: Array) -> Array:
         shape, found = (len(targets), len(label_columns)), np.shape(runs)
@@ -2600,10 +2602,11 @@ def compare_scores(
             raise ValueError(f"probabilities of shape {found}: {expected}.")
         runs = np.reshape(runs, (-1, *shape))
         scores = [_replicates(targets, p, 0.5, groups, n_bootstrap, seed) for p in runs]
-        return np.mean([np.column_stack([one["AP"], one["mAP"]]) for one in scores], axis=0)
+        columns = [np.column_stack([one["AP"], *(one[name] for name in lines)]) for one in scores]
+        return np.mean(columns, axis=0)
 
     new, old = replicates(probs), replicates(baseline)
-    table = pd.DataFrame(index=pd.Index([*label_columns, "mAP"], name="label"))
+    table = pd.DataFrame(index=pd.Index([*label_columns, *lines], name="label"))
     table["baseline"], table["AP"], table["difference"] = old[0], new[0], new[0] - old[0]
     table["low"], table["high"] = _interval(new - old)
     return table

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -285,6 +287,15 @@ def test_killed_reviewer_loses_no_decision_already_made(nb, tmp_path):
     assert nb.apply_decisions(path, table, ["a"])["a"].notna().sum() >= last + 1
 
 
+def test_file_names_that_are_no_utf8_come_back_to_the_byte(nb, tmp_path):
+    raw = b"caf\xe9, \xff.jpg".decode("utf-8", "surrogateescape")
+    nb.append_decision(tmp_path / "review.csv", raw, "a", "present")
+    assert b"caf\xe9, \xff.jpg" in (tmp_path / "review.csv").read_bytes()
+    assert nb.read_decisions(tmp_path / "review.csv")["image_path"].tolist() == [raw]
+    table = pd.DataFrame({"image_path": pd.Series([raw], dtype=object), "a": NAN})
+    assert nb.apply_decisions(tmp_path / "review.csv", table, ["a"])["a"].tolist() == [1]
+
+
 # ---------------------------------------------------------------- what to label next
 
 
@@ -327,15 +338,15 @@ def test_confidence_is_the_lowest_that_reaches_the_precision_on_validation(nb):
 def test_sure_unknown_cells_become_soft_targets_up_to_the_cap(nb):
     given = np.array([[NAN], [NAN], [NAN], [NAN], [0], [NAN]])
     probs = fold_by_fold([[0.9], [0.99], [0.5], [0.02], [0.99], [0.2]])
-    filled = nb.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 1.0)
+    filled = nb.fill_cells(given, probs, (np.array([0.8]), np.array([0.1])), 1.0)
     expected = [[0.9], [0.99], [NAN], [0.02], [0], [NAN]]
     assert np.array_equal(filled, expected, equal_nan=True)
     # of 5 unknown cells at most 2, the surest: 0.99 (0.49 from 0.5) and 0.02 (0.48)
-    capped = nb.fill_cells(given, probs, np.array([0.8]), np.array([0.1]), 0.4)
+    capped = nb.fill_cells(given, probs, (np.array([0.8]), np.array([0.1])), 0.4)
     expected = [[NAN], [0.99], [NAN], [0.02], [0], [NAN]]
     assert np.array_equal(capped, expected, equal_nan=True)
     with pytest.raises(TypeError, match="ndarray: expected what out_of_fold returns"):
-        nb.fill_cells(given, probs.probs, np.array([0.8]), np.array([0.1]), 1.0)
+        nb.fill_cells(given, probs.probs, (np.array([0.8]), np.array([0.1])), 1.0)
 
 
 def test_button_saves_its_decision_at_once_and_goes_on_after_a_restart(nb, tmp_path):
@@ -354,3 +365,204 @@ def test_button_saves_its_decision_at_once_and_goes_on_after_a_restart(nb, tmp_p
         button.click()
     decisions = [line.split(",")[1:] for line in path.read_text().splitlines()]
     assert decisions == [["a", "present"], ["b", "absent"], ["c", "unsure"]]
+
+
+# ---------------------------------------------------------------- one class per photo
+
+CLASSES = ["cat", "catfish", "dog, wild"]
+ANSWERS = {**dict(zip(CLASSES, CLASSES)), "unsure": NAN}
+
+
+@pytest.fixture
+def of_classes(nb, monkeypatch):
+    """The notebook's functions, with four photos to train on and one to test, of three classes."""
+    names = ["cat", "catfish", "dog, wild", NAN, "cat"]
+    photos = pd.DataFrame({"part": ["train"] * 4 + ["test"], "class": names})
+    photos["image_path"] = [f"{i}.jpg" for i in range(5)]
+    own = {"EXCLUSIVE": True, "label_columns": CLASSES, "photos": photos, "ANSWERS": ANSWERS}
+    for name, value in own.items():
+        monkeypatch.setattr(nb, name, value, raising=False)
+    monkeypatch.setattr(nb, "truth", nb.to_cells(photos), raising=False)
+    return nb
+
+
+def test_classes_become_rows_of_cells_and_names_again(of_classes):
+    nb, photos = of_classes, of_classes.photos
+    cells = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [NAN] * 3, [1, 0, 0]]
+    assert np.array_equal(nb.to_cells(photos), cells, equal_nan=True)
+    pd.testing.assert_frame_equal(nb.with_cells(photos, nb.to_cells(photos)), photos)
+    changed = nb.with_cells(photos, np.array([[0.2, 0.7, 0.1], *cells[1:]]))  # the most probable
+    assert changed["class"].tolist()[:2] == ["catfish", "catfish"]
+    same = nb.agrees(np.array([[0.3, 0.4, 0.3], [0.9, 0, 0.1]]), np.array(cells[:2]))
+    assert same.tolist() == [[False] * 3, [False] * 3]
+    assert nb.score(np.array(cells), np.eye(3)[[0, 1, 0, 0, 0]]) == 0.75  # the unknown one left out
+    hidden = np.isnan(nb.hide(np.eye(3)[np.arange(3000) % 3], 0.6, 1))
+    assert (hidden.all(1) == hidden.any(1)).all()
+    assert hidden.mean() == pytest.approx(0.6, abs=0.03)
+
+
+def test_rows_without_a_class_cost_no_steps(of_classes):
+    config = of_classes.equal_steps(du.TrainConfig(epochs=8, patience=3), range(50), range(20), 7)
+    assert (config.epochs, config.patience, config.seed, config.loss) == (20, 8, 7, "ce")
+
+
+def test_photo_gets_its_class_as_a_whole_up_to_the_share_of_a_class(nb):
+    given = np.array([[NAN, NAN]] * 5 + [[1, 0]])
+    probs = np.array([[0.9, 0.1], [0.99, 0.01], [0.6, 0.4], [0.05, 0.95], [0.8, 0.2], [0.1, 0.9]])
+    bounds = np.array([0.7, 0.7]), np.array([0.3, 0.3])  # absence alone fills no class
+    filled = nb.fill_cells(given, fold_by_fold(probs), bounds, 1.0, exclusive=True)
+    # 5 unknown photos of 2 classes: at most 2 each, so of 0.99, 0.9 and 0.8 the surest two
+    expected = [probs[0], probs[1], [NAN, NAN], probs[3], [NAN, NAN], [1, 0]]
+    assert np.array_equal(filled, expected, equal_nan=True)
+    hard = nb.fill_cells(given, fold_by_fold(probs), bounds, 1.0, exclusive=True, soft=False)
+    expected = [[1, 0], [1, 0], [NAN, NAN], [0, 1], [NAN, NAN], [1, 0]]
+    assert np.array_equal(hard, expected, equal_nan=True)
+    capped = nb.fill_cells(given, fold_by_fold(probs), bounds, 0.4, exclusive=True)
+    assert np.flatnonzero(~np.isnan(capped[:5, 0])).tolist() == [1, 3]
+
+
+def planted_classes(n=300, seed=0):
+    """Return rows of three classes of which the first 10 are wrong, and good probabilities."""
+    rng = np.random.default_rng(seed)
+    true = np.arange(n) % 3
+    probs = 0.1 + 0.7 * np.eye(3)[true] + rng.uniform(0, 0.02, (n, 3))
+    given = np.eye(3)[np.where(np.arange(n) < 10, (true + 1) % 3, true)]
+    return true, given, probs / probs.sum(1, keepdims=True)
+
+
+def test_planted_wrong_classes_are_found_with_both_names(nb):
+    true, given, probs = planted_classes()
+    given[20:40] = NAN
+    assert not nb.suspect_cells(given, probs, exclusive=True)[20:40].any()
+    names = [f"{i}.jpg" for i in range(len(given))]
+    table = nb.find_wrong_labels(given, fold_by_fold(probs), CLASSES, names, exclusive=True)
+    assert sorted(table["image_path"]) == names[:10]
+    assert set(table["label"]) == {"class"}
+    assert table["quality"].is_monotonic_increasing
+    for _, line in table.iterrows():
+        i = names.index(line["image_path"])
+        said = CLASSES[given[i].argmax()], CLASSES[true[i]]
+        assert (line["given"], line["predicted"]) == said
+        assert (line["prob"], line["quality"]) == (probs[i].max(), probs[i, given[i].argmax()])
+        assert line["photo_quality"] == pytest.approx(line["quality"])
+
+
+def test_confusions_say_which_class_is_mistaken_for_which(nb):
+    true, given, probs = planted_classes()
+    joint = nb.count_confusions(given, probs, exclusive=True)
+    expected = np.zeros((3, 3), int)
+    np.add.at(expected, (given.argmax(1)[:10], true[:10]), 1)
+    assert joint.tolist() == expected.tolist()
+    _, given, probs = planted()  # several labels: a has the ten flips, b and c none
+    absent = int(given[:10, 0].sum())  # given, and looking absent
+    assert nb.count_confusions(given, probs).tolist() == [[absent, 10 - absent], [0, 0], [0, 0]]
+
+
+def test_wrong_classes_are_planted_at_random_or_among_those_alike(of_classes, monkeypatch):
+    nb, true = of_classes, np.arange(3000) % 3
+    monkeypatch.setattr(nb, "truth", np.eye(3)[true])
+    photos = pd.DataFrame({"part": ["train"] * 2400 + ["test"] * 600})
+    monkeypatch.setattr(nb, "photos", photos)
+    wrong = nb.plant(0.2, 5).argmax(1)
+    assert not (wrong != true)[2400:].any()
+    assert (wrong != true)[:2400].mean() == pytest.approx(0.2, abs=0.02)
+    assert set((wrong - true)[wrong != true] % 3) == {1, 2}
+    probs = np.array([[0.8, 0.15, 0.05], [0.1, 0.8, 0.1], [0.3, 0.1, 0.6]])[true]
+    probs[true == 1] += [0, 0, 0.01]
+    alike = nb.most_alike(np.eye(3)[true], probs)
+    assert alike.tolist() == [1, 2, 0]
+    wrong = nb.plant(0.2, 5, alike).argmax(1)
+    assert ((wrong == true) | (wrong == alike[true])).all()
+
+
+def test_review_of_classes_changes_classes(of_classes, tmp_path):
+    nb, path = of_classes, tmp_path / "review.csv"
+    part = nb.photos.drop(columns="part").assign(group_id="g")
+    for image, answer in [("0.jpg", "dog, wild"), ("1.jpg", "unsure"), ("3.jpg", "catfish")]:
+        nb.append_decision(path, image, "class", answer, ANSWERS)
+    found = nb.apply_decisions(path, part, ["class"], ANSWERS)["class"]
+    assert found.fillna("?").tolist() == ["dog, wild", "?", "dog, wild", "catfish", "cat"]
+    with pytest.raises(ValueError, match="decision='cow': expected 'cat' or 'catfish'"):
+        nb.append_decision(path, "0.jpg", "class", "cow", ANSWERS)
+    suspects = pd.DataFrame({"image_path": ["0.jpg", "2.jpg"], "label": "class"})
+    nb.review_by_truth(path, suspects)
+    assert nb.read_decisions(path, ANSWERS)["decision"].tolist() == ["cat", "dog, wild"]
+
+
+def test_class_that_a_crash_cut_off_is_no_other_class(of_classes, tmp_path):
+    path = tmp_path / "review.csv"
+    path.write_text("0.jpg,class,cat")  # of "catfish"
+    with pytest.warns(UserWarning, match="line 1: cut off"):
+        assert of_classes.read_decisions(path, ANSWERS).empty
+    of_classes.append_decision(path, "1.jpg", "class", "catfish", ANSWERS)
+    with pytest.warns(UserWarning, match="line 1: cut off"):
+        found = of_classes.read_decisions(path, ANSWERS)
+    assert found[["image_path", "decision"]].to_numpy().tolist() == [["1.jpg", "catfish"]]
+
+
+def test_buttons_offer_the_classes_and_many_of_them_in_a_list(nb, tmp_path):
+    pytest.importorskip("ipywidgets")
+    names = [f"class {i}" for i in range(40)]
+    answers = {**dict(zip(names, names)), "unsure": NAN}
+    given = {"given": ["class 3", "class 0"], "predicted": ["class 7", "class 9"]}
+    suspects = pd.DataFrame({"image_path": ["x.jpg", "y.jpg"], "label": "class"} | given)
+    nb.display = lambda _: None
+    path = tmp_path / "review.csv"
+    row = nb.review_with_buttons(path, suspects, lambda _: None, answers).children[0]
+    *buttons, others = row.children
+    assert [button.description for button in buttons] == ["class 3", "class 7", "unsure"]
+    others.value = "class 21"
+    assert [button.description for button in row.children[:-1]] == ["class 0", "class 9", "unsure"]
+    row.children[0].click()
+    assert nb.read_decisions(path, answers)["decision"].tolist() == ["class 21", "class 0"]
+    few = nb.review_with_buttons(tmp_path / "few.csv", suspects, lambda _: None, ANSWERS)
+    assert [b.description for b in few.children[0].children] == [*CLASSES, "unsure"]
+
+
+def test_top1_of_two_times_three_trainings_is_compared_photo_by_photo():
+    targets = np.array([0, 1, 1, -1])
+    right = np.array([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9], [0.5, 0.5]])
+    wrong = right[:, ::-1]
+    new, old = np.stack([right, right, wrong]), np.stack([wrong] * 3)
+    table = du.compare_scores(targets, new, old, ["a", "b"], n_bootstrap=50)
+    assert table.loc["top-1", "AP"] == pytest.approx(2 / 3)
+    assert table.loc["top-1", "baseline"] == 0
+    assert table.loc["top-1", "low"] == table.loc["top-1", "high"] == pytest.approx(2 / 3)
+    assert "top-1" not in du.compare_scores(np.eye(2), right[:2], wrong[:2], ["a", "b"]).index
+    with pytest.raises(ValueError, match="a label is named 'top-1'"):
+        du.compare_scores(targets, new, old, ["a", "top-1"])
+
+
+def test_notebook_runs_on_classes_from_top_to_bottom(tmp_path, monkeypatch):
+    """The same cells that serve several labels; features that tell, so that seconds are enough."""
+    rng, true = np.random.default_rng(0), np.arange(90) % 3
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    part = pd.DataFrame({"image_path": [str(tmp_path / f"{i}.png") for i in range(90)]})
+    for path in part["image_path"]:
+        os.link(tmp_path / "x.png", path)
+    part["group_id"], part["class"] = [f"g{i // 3}" for i in range(90)], np.array(CLASSES)[true]
+    for name, rows in {"train": (0, 60), "val": (60, 75), "test": (75, 90)}.items():
+        du.write_partition(part[slice(*rows)], tmp_path / f"{name}_partition.csv", CLASSES)
+    features = torch.tensor(9 * np.eye(3)[true] + rng.normal(0, 1, (90, 3)), dtype=torch.float)
+    monkeypatch.setattr(du, "patch_features", lambda *_, **__: features)
+    du._write_json(tmp_path / "config.json", {"loss": "ce", "pretrained": False})
+    own = {"PARTITION_DIR": str(tmp_path), "BASELINE_DIR": str(tmp_path), "FLIP_RATES": (0.2,)}
+    own |= {"OUTPUT_DIR": str(tmp_path / "out"), "N_FOLDS": 2, "N_REPEATS": 1, "N_ROUNDS": 1}
+    space = {"display": lambda _: None}
+    for cell in nbformat.read(ROOT / "relabeling.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(
+                cell.source.replace("epochs=20, learning_rate=3e-2", "epochs=4, learning_rate=1.0"),
+                space,
+            )
+            space |= own if "parameters" in cell.metadata.get("tags", []) else {}
+            matplotlib.pyplot.close("all")
+    known = space["photos"]["part"] == "train"
+    assert np.isnan(space["given"][known]).any(1).mean() == pytest.approx(0.4, abs=0.15)
+    table, labels = du.read_partition(tmp_path / "out" / "train_partition.csv")
+    assert labels == CLASSES
+    before = space["labels"][known].argmax(1) != true[:60]
+    after = table["class"].map(CLASSES.index) != true[:60]
+    assert after.sum() < before.sum()  # reviewed by the truth
+    test, _ = du.read_partition(tmp_path / "out" / "test_partition.csv")
+    assert test["class"].tolist() == part["class"].tolist()[75:]
