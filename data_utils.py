@@ -3480,14 +3480,15 @@ def plot_history(history: pd.DataFrame) -> plt.Figure:
 
 
 def finish_run(trainer: Trainer) -> Classifier:
-    """Choose thresholds on validation, save best_classifier.json, and load what was saved."""
+    """Choose rules on validation, save best_classifier.json, and load what was saved."""
     config, part = trainer.config, trainer.val_set
     probs = trainer.predict(part, flip=config.flip_test)
     options = {"view": config.view, "flip": config.flip_test}
     options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
     cuts = "argmax" if classifier.exclusive else classifier.thresholds
-    scores = summarize_scores(part.targets, probs, cuts, n_bootstrap=0)
+    scores = summarize_scores(part.targets, classifier.calibrate(probs), cuts, n_bootstrap=0)
+    classifier.remember(trainer.loader.dataset.paths, config.batch_size, config.num_workers)
     path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
     return Classifier.load(path, part.label_columns)
 
