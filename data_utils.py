@@ -1,7 +1,8 @@
 """Helpers that the 360° photo notebooks share: labels, partitions, models, training, scores.
 
-The sections follow the data. Everything is importable at the top level and picklable, so that
-DataLoader workers and launched processes can use it; copy this file beside a notebook of your own.
+The sections follow the data: `open_image` decodes, `MaskedLoss` leaves unknown cells out,
+`Trainer._end_epoch` keeps the best weights, `HEADS` says how to add a head. Everything is picklable
+for DataLoader workers and launched processes; copy this file beside a notebook of your own.
 
 Shape letters: B batch, C channels, H height, W width, N images, L labels, G groups.
 A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target); of
@@ -67,8 +68,7 @@ from sklearn.preprocessing import StandardScaler
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.layers import resample_abs_pos_embed
-from timm.loss import CLASS_WEIGHT_METHODS, compute_class_weights, create_classification_loss
+from timm.loss import compute_class_weights, create_classification_loss
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy
@@ -89,6 +89,7 @@ SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
 PRECISIONS = ("auto", "no", "bf16", "fp16", "measure")
 FORMAT_VERSION = 4  # 1 knew no "activation", 2 had weights in a pickle, 3 was not calibrated
 WEIGHTS = "model.safetensors"
+PathLike = str | os.PathLike
 Array = np.ndarray
 Cuts = float | Sequence[float] | str
 Groups = Sequence | None
@@ -104,7 +105,7 @@ _HALF = re.compile(r"_(left|right)$")
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, by_all: bool = False) -> Iterator[Path]:
+def replacing(path: PathLike, by_all: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place only if all went well.
 
     Of the processes of `accelerate launch` only the first does it, unless each has files of its
@@ -168,7 +169,7 @@ def _writing(path: Path, how: str = "what stood there is unchanged, run this aga
         raise _CannotWrite(path, reason, how) from None
 
 
-def _write_json(path: str | os.PathLike, content: Any) -> None:
+def _write_json(path: PathLike, content: Any) -> None:
     with replacing(path) as temporary:
         text = json.dumps(content, indent=2, ensure_ascii=False)
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes
@@ -188,28 +189,26 @@ def _some(names: Iterable[Any], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _need_file(path: str | os.PathLike, fix: str) -> Path:
+def _need_file(path: PathLike, fix: str) -> Path:
     """Return `path` if it is a file; `fix` ends the sentence that is raised otherwise."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; {fix}.")
     return Path(path)
 
 
-def _bad_line(path: str | os.PathLike, number: int, problem: str) -> ValueError:
+def _bad_line(path: PathLike, number: int, problem: str) -> ValueError:
     return ValueError(f"{path}, line {number}: {problem}.")
 
 
-def read_tuned(path: str | os.PathLike, head: str, network: dict | None = None) -> dict[str, Any]:
+def read_tuned(path: PathLike, head: str, network: dict | None = None) -> dict[str, Any]:
     """Return what tuning.ipynb found for a head: fields of `TrainConfig`, as OPTIONS takes them.
 
     Warns of each field of `network` (e.g. model_name) that was another in the search.
     """
     path = _need_file(path, "run tuning.ipynb to make it")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        found = {name.lower(): value for name, value in content.items()}  # once in capitals
-        own = found.pop("head")
-        before = {name.lower(): value for name, value in found.pop("found_with", {}).items()}
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        own, before = found.pop("head"), found.pop("found_with", {})
         notebook = {"linear": "training", "csra": "csra", "mldecoder": "mldecoder"}[own]
         _check_options(found, TUNABLE)
         TrainConfig(**found)
@@ -218,8 +217,7 @@ def read_tuned(path: str | os.PathLike, head: str, network: dict | None = None) 
     if own != head:
         raise ValueError(f"{path}: found for head={own!r}, not {head!r}; use {notebook}.ipynb.")
     now = json.loads(json.dumps(network or {}))  # tuples become lists, as in the file
-    other = [name for name, value in now.items() if before.get(name, value) != value]
-    if other:
+    if other := [name for name in now if before.get(name, now[name]) != now[name]]:
         warnings.warn(f"{path}: found with another {_some(other)}; search again.", stacklevel=2)
     return found
 
@@ -229,41 +227,36 @@ def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}.")
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
+def list_images(folder: PathLike) -> list[Path]:
     """Return every image file below `folder`, sorted, without hidden, thumbnail and recycled ones.
 
-    Links to folders are followed, each folder once and by its own path if it has one in `folder`.
+    Links to other folders are followed, each folder once.
     """
     return list(iterate_images(folder))
 
 
-def iterate_images(folder: str | os.PathLike) -> Iterator[Path]:
+def iterate_images(folder: PathLike) -> Iterator[Path]:
     """Yield what `list_images` returns, keeping the names of one folder at a time."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     unwanted = {"@eadir", "$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot"}
     unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
-    wanted, seen, starts = set(), set(), [folder]
-    for start in starts:  # links are put at its end, so that real folders come first
-        if start != folder and folder.resolve().is_relative_to(start.resolve()):
-            continue  # a link back to where we come from
-        for here, folders in ((Path(h), d) for h, d, _ in os.walk(start)):
-            shown = [n for n in folders if n[0] != "." and n.lower() not in unwanted]
-            folders[:] = [] if here.resolve() in seen else shown
-            if here.resolve() not in seen:
-                seen.add(here.resolve())
-                starts += sorted(here / name for name in shown if (here / name).is_symlink())
-                wanted.add(here)
-    yield from _images_in(folder, wanted)
+    root, seen = folder.resolve(), {folder.resolve()}
 
+    def walk(here: Path) -> Iterator[Path]:
+        for entry in sorted(os.scandir(here), key=lambda entry: os.path.normcase(entry.name)):
+            path, name = here / entry.name, entry.name.lower()
+            if entry.is_dir() and name[0] != "." and name not in unwanted:
+                real = path.resolve()  # a link within `folder`, or around it, shows nothing new
+                known = real.is_relative_to(root) or root.is_relative_to(real)
+                if real not in seen and not (known and entry.is_symlink()):
+                    seen.add(real)
+                    yield from walk(path)
+            elif name[0] != "." and path.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+                yield path
 
-def _images_in(folder: Path, wanted: set[Path]) -> Iterator[Path]:
-    for name in sorted(os.listdir(folder), key=os.path.normcase):
-        if (path := folder / name) in wanted:
-            yield from _images_in(path, wanted)
-        elif name[0] != "." and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            yield path
+    yield from walk(folder)
 
 
 # ---------------------------------------------------------------- labels
@@ -287,7 +280,7 @@ def image_name(data_row: dict) -> str | None:
     return name.strip() if isinstance(name, str) else None
 
 
-def _read_export(path: str | os.PathLike) -> Iterator[list[dict]]:
+def _read_export(path: PathLike) -> Iterator[list[dict]]:
     """Yield the answers of each row of a Labelbox v2 export."""
     hint = "expected a Labelbox v2 export: NDJSON, one row (a JSON object) per line"
     path = _need_file(path, "name the export of a Labelbox project")
@@ -382,7 +375,7 @@ def _graded_questions(answers: pd.DataFrame) -> set[tuple]:
     return {question for question, scheme in schemes.items() if scheme <= known}
 
 
-def _name_answers(answers: pd.DataFrame, path: str | os.PathLike) -> pd.DataFrame:
+def _name_answers(answers: pd.DataFrame, path: PathLike) -> pd.DataFrame:
     """Add question, grade and label to the paths; no two paths may give one label."""
     chosen = answers["path"].notna() & (answers["kind"] != "text")
     graded = _graded_questions(answers[chosen])
@@ -410,7 +403,7 @@ def _name_answers(answers: pd.DataFrame, path: str | os.PathLike) -> pd.DataFram
     return named.assign(graded=in_scheme).rename(columns={"path": "question"})
 
 
-def _tell_apart(rows: list[list[dict]], path: str | os.PathLike) -> None:
+def _tell_apart(rows: list[list[dict]], path: PathLike) -> None:
     """Call photos of one name by their global keys, where these are the paths of such files."""
     photos: dict[str, dict] = {}
     for first in (row[0] for row in rows):
@@ -428,10 +421,7 @@ def _tell_apart(rows: list[list[dict]], path: str | os.PathLike) -> None:
 
 
 def read_labelbox(
-    path: str | os.PathLike,
-    problematic: str = "drop",
-    flags: Sequence[str] = ("Problematic", "Revisit"),
-    rework: str = "keep",
+    path: PathLike, problematic: str = "drop", flags: Sequence[str] = ("Problematic", "Revisit")
 ) -> pd.DataFrame:
     """Read a Labelbox v2 NDJSON export as annotated, one line per answer.
 
@@ -439,7 +429,7 @@ def read_labelbox(
     ("Foreground") only describe it. An ungraded question gives one label per option, named
     "question / option". Texts and `flags` (radio questions about the photo itself) are no labels.
     `problematic` "drop" leaves out the images that carry the first of `flags` (not those where it
-    is answered "No"), `rework` "drop" the labels that were sent back to their annotator.
+    is answered "No").
 
     Returns columns image, data_row_id, project, annotator, label_id, judged (False in the one line
     of an image that nobody labelled), question, kind, answer, grade (1 = most certain) and label, a
@@ -447,19 +437,14 @@ def read_labelbox(
     attention.
     """
     _check_choice("problematic", problematic, ("drop", "keep"))
-    _check_choice("rework", rework, ("drop", "keep"))
     rows = list(_read_export(path))
     if not rows:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export.")
     _tell_apart(rows, path)
     images = pd.Series([row[0]["image"] for row in rows])
     answers = pd.DataFrame(itertools.chain(*rows))
-    unread, again = (answers[column].astype(bool) for column in ("unread", "rework"))
-    report = {"unread": answers["image"][unread], "rework": answers["image"][again]}
-    if rework == "drop":
-        answers["judged"] &= ~again
-        answers.loc[again, ["path", "kind", "answer"]] = None
-    answers = answers.drop(columns=["unread", "rework", "global_key"])
+    noted = {key: answers["image"][answers.pop(key)].unique() for key in ("unread", "rework")}
+    answers = answers.drop(columns="global_key")
     answers = _name_answers(answers.drop_duplicates(ignore_index=True), path)
     graded = answers.pop("graded")
     answers.loc[answers["question"].isin(flags), "label"] = None
@@ -477,15 +462,15 @@ def read_labelbox(
         "unlabelled": judged.index[~judged].tolist(),
         "problematic": list(bad),
         "without a grade": sorted(answers.loc[ungraded, "image"].unique()),
-        "boxes not read": report["unread"].unique().tolist(),
-        "in rework": report["rework"].unique().tolist(),
+        "boxes not read": list(noted["unread"]),
+        "in rework": list(noted["rework"]),
     }
     if problematic == "drop":
         return answers[~answers["image"].isin(bad)].reset_index(drop=True)
     return answers
 
 
-def check_label_names(labels: Iterable[str], path: str | os.PathLike, what: str = "label") -> None:
+def check_label_names(labels: Iterable[str], path: PathLike, what: str = "label") -> None:
     """Refuse labels that are called like another column of a partition or of predictions."""
     labels = sorted(labels)
     taken = {"image", "part", CLASS, *NOT_LABELS, *(f"{label}_prob" for label in labels)}
@@ -544,7 +529,7 @@ def _without_suffix(name: str) -> str:
     return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
 
 
-def panorama_name(path: str | os.PathLike) -> str:
+def panorama_name(path: PathLike) -> str:
     """Return the path of a photo without suffix and side; the halves of a panorama share it."""
     return _HALF.sub("", _without_suffix(str(path)))
 
@@ -576,7 +561,7 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     return combined.reset_index()
 
 
-def read_table(path: str | os.PathLike) -> pd.DataFrame:
+def read_table(path: PathLike) -> pd.DataFrame:
     """Read a CSV (commas, semicolons, tabs) as stripped text; its index is the line less 2."""
     text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
     try:
@@ -610,7 +595,7 @@ def _separator(text: str) -> str:
     return ","
 
 
-def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.DataFrame:
+def parse_cells(cells: pd.DataFrame, path: PathLike, soft: bool) -> pd.DataFrame:
     """Turn the text of `read_table` into 1, 0, NaN (empty) and, if `soft`, values between."""
     values = cells.apply(pd.to_numeric, errors="coerce")
     good = ((values >= 0) & (values <= 1)) if soft else values.isin([0, 1])
@@ -623,7 +608,7 @@ def parse_cells(cells: pd.DataFrame, path: str | os.PathLike, soft: bool) -> pd.
     return values.astype(float)
 
 
-def read_partition(path: str | os.PathLike) -> tuple[pd.DataFrame, list[str]]:
+def read_partition(path: PathLike) -> tuple[pd.DataFrame, list[str]]:
     """Return the rows of a partition CSV, paths seen from the working directory, and its labels.
 
     Classes that exclude each other are one column `class`, a name or NaN; the labels are those of
@@ -673,7 +658,7 @@ def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
 
 
 def load_parts(
-    folder: str | os.PathLike, names: Sequence[str] = PARTS
+    folder: PathLike, names: Sequence[str] = PARTS
 ) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Read the partitions of `folder` and their labels; no group may stand in two parts."""
     paths = {name: Path(folder) / f"{name}_partition.csv" for name in names}
@@ -695,7 +680,7 @@ def load_parts(
     return parts, labels
 
 
-def write_partition(df: pd.DataFrame, path: str | os.PathLike, classes: Sequence[str] = ()) -> None:
+def write_partition(df: pd.DataFrame, path: PathLike, classes: Sequence[str] = ()) -> None:
     """Write a partition CSV; `image_path` becomes relative to the CSV's folder.
 
     `classes`, in their order, become classes.txt beside it, which a column `class` needs.
@@ -731,7 +716,7 @@ def open_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
     Where `size` (height, width) is enough, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size. A file
     that is missing, truncated or no image is named by an OSError.
     """
-    if not isinstance(image, (str, os.PathLike)):
+    if not isinstance(image, PathLike):
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         turn = _find_turn(image)
         return _to_rgb(image if turn is None else image.transpose(turn))
@@ -867,7 +852,7 @@ class DataPartition(Dataset):
         df: pd.DataFrame,
         label_columns: Sequence[str],
         transform: Callable | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: PathLike | None = None,
         cache_gb: float = 50.0,
     ) -> None:
         self.label_columns, self.transform = list(label_columns), transform
@@ -959,7 +944,7 @@ def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
         return None
 
 
-def trim_cache(folder: str | os.PathLike, most_gb: float = np.inf) -> float:
+def trim_cache(folder: PathLike, most_gb: float = np.inf) -> float:
     """Return the GB of what is kept in `folder`; of more than `most_gb`, the oldest tenth goes."""
     kept, ours = [], re.compile(r"[0-9a-f]{32,40}\.npy")  # what else lies there is left alone
     for path in filter(lambda path: ours.fullmatch(path.name), Path(folder).rglob("*.npy")):
@@ -1054,7 +1039,7 @@ def _patches(images: torch.Tensor, side: int = 6) -> torch.Tensor:
 
 
 def patch_features(
-    paths: Sequence[str | os.PathLike], n_components: int = 128, seed: int = 42
+    paths: Sequence[PathLike], n_components: int = 128, seed: int = 42
 ) -> torch.Tensor:
     """Describe images (N, D ≤ N) by patches of themselves (Coates et al., AISTATS 2011)."""
     if len(paths) < 2:
@@ -1133,6 +1118,7 @@ class CSRA(nn.Module):
     """
 
     TEMPERATURES = {1: [1], 2: [1, 99], 4: [1, 2, 4, 99]} | {n: [*range(1, n), 99] for n in (6, 8)}
+    frozen_rate = 1e-2  # learning rate where the backbone rests
 
     def __init__(self, num_features: int, num_labels: int, heads: int = 1, lam: float = 0.1):
         super().__init__()
@@ -1203,6 +1189,8 @@ class MLDecoder(nn.Module):
     layer turns each of the K answers, of the width D = decoder_embedding, into ⌈L/K⌉ logits.
     """
 
+    frozen_rate = 1e-3
+
     def __init__(
         self,
         num_features: int,
@@ -1224,10 +1212,14 @@ class MLDecoder(nn.Module):
         decoder.embed_standart = nn.Linear(num_features, decoder_embedding)
         decoder.query_embed = nn.Embedding(groups, decoder_embedding).requires_grad_(False)
         decoder.layers = nn.ModuleList([_DecoderLayer(decoder_embedding, dim_feedforward, dropout)])
-        shape = groups, decoder_embedding, self.labels_per_group
-        decoder.duplicate_pooling = nn.Parameter(nn.init.xavier_normal_(torch.empty(shape)))
+        pooling = torch.empty(groups, decoder_embedding, self.labels_per_group)
+        decoder.duplicate_pooling = nn.Parameter(0.4 * nn.init.xavier_normal_(pooling))
         decoder.duplicate_pooling_bias = nn.Parameter(torch.zeros(num_labels))
         self.decoder = decoder
+
+    @property
+    def bias(self) -> nn.Parameter:
+        return self.decoder.duplicate_pooling_bias
 
     def _ask(self, features, need_weights=False):
         embed, queries = self.decoder.embed_standart, self.decoder.query_embed.weight
@@ -1247,12 +1239,8 @@ class MLDecoder(nn.Module):
         return maps.repeat_interleave(self.labels_per_group, 1)[:, : self.num_labels]
 
 
+# A head of your own is a class like CSRA, with `forward`, `attention` and `bias`, and a name here.
 HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
-
-
-def _head_options(head: str) -> set[str]:
-    found = set(inspect.signature(HEADS[head]).parameters) if HEADS[head] else set()
-    return found - {"num_features", "num_labels"}
 
 
 # ---------------------------------------------------------------- model
@@ -1300,7 +1288,7 @@ def build_model(
     name: str,
     num_labels: int,
     head: str = "linear",
-    pretrained: bool | str | os.PathLike = True,
+    pretrained: bool | PathLike = True,
     img_size: int | Sequence[int] | None = None,
     head_bias: Sequence[float] | None = None,
     **kwargs: Any,
@@ -1310,8 +1298,8 @@ def build_model(
     `.data_config` says how to prepare images, `.spec` how to build it again.
 
     Args:
-        pretrained: True (Hugging Face hub), False (random weights) or a weight file. A JSON of the
-            same name beside it may hold "pretrained_window_sizes", which SwinV2 must know.
+        pretrained: True (Hugging Face hub), False (random weights) or a weight file; a JSON of the
+            same name beside it may hold its "img_size" and "pretrained_window_sizes" (SwinV2).
         img_size: input height and width in pixels; None is the model's own.
         head_bias: the logits that the head starts from (L,), see `base_rate_logits`; None: zeros.
         **kwargs: options of `CSRA` or `MLDecoder` go to the head, all else to timm.
@@ -1320,17 +1308,20 @@ def build_model(
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
-    head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in _head_options(head)}
-    foreign = kwargs.keys() & {option for other in HEADS for option in _head_options(other)}
-    if foreign:
+    options = {key: [*inspect.signature(h).parameters][2:] for key, h in HEADS.items() if h}
+    head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in options.get(head, ())}
+    if foreign := kwargs.keys() & set(itertools.chain(*options.values())):
         raise ValueError(f"the {head} head has no option {_some(sorted(foreign))}.")
-    if pretrained and pretrained is not True:
-        kwargs = _pretrained_windows(name, Path(pretrained)) | kwargs
+    note = _read_note(Path(pretrained)) if pretrained and pretrained is not True else {}
+    if timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2"):
+        windows = ("pretrained_window_sizes",)  # SwinV2 measures positions in shares of them
+        kwargs = {key: note[key] for key in windows if key in note} | kwargs
     size = timm.layers.to_2tuple(img_size) if img_size else None
     model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
     bias = torch.zeros(num_labels) if head_bias is None else head_bias
     _start_head(model, bias)
     if pretrained:
+        model.pretrained_model_args = note  # "img_size": timm takes positions for square without
         _load_weights(model, name, pretrained, num_labels)
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *size) if size else config["input_size"]
@@ -1395,33 +1386,30 @@ def _create_model(name, size, kwargs):
 
 
 def _classifier(model: nn.Module) -> nn.Module:
-    """Return the head of a model as one module; distilled models have two."""
+    """Return what gives the logits as one module; distilled models have two, a bare one none."""
     head = getattr(model, "get_classifier", nn.Identity)()
     return nn.ModuleList(head) if isinstance(head, tuple) else head
 
 
 def _last_layers(model):
     """Return the layers that give the logits of a model with a linear head; distilled have two."""
-    head = _classifier(model) if hasattr(model, "get_classifier") else model
+    head = _classifier(model)
     parts = head if isinstance(head, nn.ModuleList) else [head]
-    layers = [[m for m in p.modules() if isinstance(m, (nn.Linear, nn.Conv2d))] for p in parts]
-    return [found[-1] for found in layers if found]  # none of a backbone without a head
+    layers = [[m for m in p.modules() if isinstance(m, nn.Linear | nn.Conv2d)] for p in parts]
+    return [found[-1] for found in layers if found]
 
 
 @torch.no_grad()
 def _start_head(model, bias):
     """Make the first logits nearly `bias`: large ones would tear up the pretrained features."""
-    head, bias = getattr(model, "head", None), torch.as_tensor(bias, dtype=torch.float32)
-    if isinstance(head, CSRA):  # of its weights only the directions count
-        head.bias.copy_(bias)
-    elif isinstance(head, MLDecoder):
-        head.decoder.duplicate_pooling.mul_(0.4)
-        head.decoder.duplicate_pooling_bias.copy_(bias)
-    else:
-        for layer in _last_layers(model):  # timm's start of EfficientNet is 16 times as large
-            nn.init.trunc_normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
-            if layer.bias is not None:
-                layer.bias.copy_(bias)
+    bias = torch.as_tensor(bias, dtype=torch.float32)
+    if isinstance(model, _HeadedModel):
+        model.head.bias.copy_(bias)
+        return
+    for layer in _last_layers(model):  # timm's start of EfficientNet is 16 times as large
+        nn.init.trunc_normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
+        if layer.bias is not None:
+            layer.bias.copy_(bias)
 
 
 def base_rate_logits(
@@ -1456,13 +1444,11 @@ def _load_weights(model, name, source, num_labels):
         ) from error
 
 
-def _pretrained_windows(name, weights):
-    """Return in which windows a SwinV2 was pretrained: it measures positions in shares of them."""
-    note, key = weights.with_suffix(".json"), "pretrained_window_sizes"
-    is_swin_v2 = timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2")
+def _read_note(weights):
+    """Return the JSON that pretraining.ipynb writes beside its weights, if there is one."""
+    note = weights.with_suffix(".json")
     try:
-        content = json.loads(note.read_bytes()) if is_swin_v2 and note.is_file() else {}
-        return {key: content[key]} if key in content else {}
+        return dict(json.loads(note.read_bytes())) if note.is_file() else {}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{note}: no JSON of pretraining.ipynb ({error}).") from None
 
@@ -1475,7 +1461,6 @@ def _load_file(model, name, path, rename):
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
         with contextlib.suppress(KeyError):  # weights of another architecture: named below
-            state = _resize_wide_positions(state, model)
             state = rename(state, model) if rename else state
         state = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
         missing = model.load_state_dict(state, strict=False).missing_keys
@@ -1489,27 +1474,14 @@ def _load_file(model, name, path, rename):
         raise ValueError(f"{path}: {problem}.")
 
 
-def _resize_wide_positions(state, model):
-    """Resize position embeddings of 2:1 panoramas; timm takes all of them for square."""
-    table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if own is None or grid is None or getattr(table, "ndim", 0) != 3 or table.shape == own.shape:
-        return state
-    prefix = own.shape[1] - grid[0] * grid[1]  # tokens that stand nowhere in the image
-    height = round((max(table.shape[1] - prefix, 0) / 2) ** 0.5)
-    if 2 * height**2 != table.shape[1] - prefix:
-        return state
-    resized = resample_abs_pos_embed(table, list(grid), [height, 2 * height], prefix)
-    return state | {"pos_embed": resized}
-
-
 def gains_by_channels_last(model: nn.Module) -> bool:
     """Say whether convolutions do the work; patch-embedding models gain nothing."""
     return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 8
 
 
-def _memory_format(model: nn.Module) -> torch.memory_format:
-    return torch.channels_last if gains_by_channels_last(model) else torch.contiguous_format
+def _memory_format(model: nn.Module, wanted: bool | None = None) -> torch.memory_format:
+    last = gains_by_channels_last(model) if wanted is None else wanted
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _autocast(model: nn.Module, device: str) -> torch.autocast:
@@ -1520,34 +1492,33 @@ def _autocast(model: nn.Module, device: str) -> torch.autocast:
 
 def extract_features(
     model: nn.Module,
-    dataset: DataPartition,
-    batch_size: int = 32,
-    num_workers: int = 0,
+    part: DataPartition,
+    config: "TrainConfig | None" = None,  # its batch_size, num_workers and cache_dir
     pooled: bool = False,
-    cache_dir: str | os.PathLike | None = None,
     n_jobs: int = 1,
     chunk: int = 1000,
 ) -> torch.Tensor:
     """Return the feature map of every image, (N, C, h, w); a head learns from it in seconds.
 
-    `pooled` is what the last layer of a linear head sees, (N, C). `cache_dir` keeps them for the
-    same photos (name, size, time), weights and preparation. With `n_jobs` other than 1, joblib's
-    backend, e.g. dask, takes them by the `chunk`, each with a file of its own in `cache_dir`.
+    `pooled` is what the last layer of a linear head sees, (N, C). The cache keeps them for the same
+    photos (name, size, time), weights and preparation. With `n_jobs` other than 1, joblib's
+    backend, e.g. dask, takes them by the `chunk`, each with a file of its own in the cache.
     """
     if n_jobs != 1:
-        options = batch_size, num_workers, pooled, cache_dir
-        pieces = [dataset.rows(slice(i, i + chunk)) for i in range(0, len(dataset), chunk)]
-        jobs = (joblib.delayed(extract_features)(model, piece, *options) for piece in pieces)
+        pieces = [part.rows(slice(i, i + chunk)) for i in range(0, len(part), chunk)]
+        jobs = (joblib.delayed(extract_features)(model, p, config, pooled) for p in pieces)
         return torch.cat(joblib.Parallel(n_jobs)(jobs))
     if pooled and isinstance(model, _HeadedModel):
         raise ValueError("pooled=True takes a model with a linear head; the others do not pool.")
-    cached = cache_dir and Path(cache_dir) / f"{_features_key(model, dataset, pooled)}.npy"
-    stored = _read_cached(cached, np.float32, 2 if pooled else 4) if cached else None
-    if stored is not None and len(stored) == len(dataset):
-        return torch.from_numpy(stored)
+    config, cached = config or TrainConfig(), None
+    if config.cache_dir:
+        cached = Path(config.cache_dir) / f"{_features_key(model, part, pooled)}.npy"
+        stored = _read_cached(cached, np.float32, 2 if pooled else 4)
+        if stored is not None and len(stored) == len(part):
+            return torch.from_numpy(stored)
     device, layout = next(model.parameters()).device, _memory_format(model)
     model.to(memory_format=layout).eval()
-    found, loader = [], make_loader(dataset, batch_size, num_workers=num_workers)
+    found, loader = [], make_loader(part, config.batch_size, num_workers=config.num_workers)
     # not inference_mode: a head could not be trained on its tensors
     with torch.no_grad(), _autocast(model, device.type):
         for images, _ in tqdm(loader, desc="features", leave=False, delay=2):
@@ -1561,15 +1532,13 @@ def extract_features(
     if cached:
         with replacing(cached, by_all=True) as temporary, open(temporary, "wb") as file:
             np.save(file, features.contiguous().numpy(), allow_pickle=False)
-        trim_cache(cache_dir, dataset.cache_gb)
+        trim_cache(config.cache_dir, config.cache_gb)
     return features
 
 
-def store_features(model: nn.Module, part: DataPartition, config: "TrainConfig") -> "FeatureSet":
+def store_features(model: nn.Module, part: DataPartition, config: "TrainConfig") -> FeatureSet:
     """Return the feature maps of a part as a data set for heads, see `extract_features`."""
-    options = {"num_workers": config.num_workers, "cache_dir": config.cache_dir}
-    maps = extract_features(model, part, config.batch_size, **options)
-    return FeatureSet(maps, part.targets, part.label_columns)
+    return FeatureSet(extract_features(model, part, config), part.targets, part.label_columns)
 
 
 def _features_key(model, dataset, pooled):
@@ -1776,7 +1745,6 @@ class MaskedLoss(nn.Module):
         known = np.maximum((~np.isnan(targets)).sum(0), 1)
         counts = np.nansum(targets, axis=0) / known * n * (name != "ce")
         if class_weights is not None:
-            _check_choice("class_weights", class_weights, CLASS_WEIGHT_METHODS)
             kind, weights = compute_class_weights(counts, n, class_weights)
             kwargs[kind] = weights
         if name == "db":
@@ -1849,15 +1817,13 @@ def _alone_in(
     folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
 ) -> Iterator[None]:
     """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
-    with contextlib.ExitStack() as held:
-        try:
-            if wanted:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(folder / ".lock", timeout=0))
-        except Timeout:
-            fix = f"let it end or stop it first, or give this one another {other}"
-            raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
-        yield
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0) if wanted else contextlib.nullcontext():
+            yield
+    except Timeout:
+        fix = f"let it end or stop it first, or give this one another {other}"
+        raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
 
 
 def _remove_resume_point(folder: Path) -> None:
@@ -1981,7 +1947,7 @@ class TrainConfig:
         return cls(**(found | {key: v for key, v in changes.items() if v is not None}))
 
     @classmethod
-    def read(cls, path: str | os.PathLike, **changes: Any) -> "TrainConfig":
+    def read(cls, path: PathLike, **changes: Any) -> "TrainConfig":
         """Return the settings of a config.json, with `changes`."""
         _check_options(changes)
         path = _need_file(path, "run training.ipynb to make it")
@@ -1999,7 +1965,7 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
-_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "labels"}
+_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test"}
 TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 
@@ -2030,28 +1996,25 @@ def build_run(
 
 
 def start_from_probe(
-    model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig, most: int = 4000
+    model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig
 ) -> float:
     """Let the head learn "plain" of `parts` on the frozen backbone; return its mAP on "val".
 
-    A linear head becomes a probe, another has 20 epochs on feature maps of `most` photos at most.
+    A linear head becomes a probe, another has 20 epochs on feature maps of 4 000 photos at most.
     """
-    is_linear = model.spec["head"] == "linear"
-    options = config.batch_size, config.num_workers, is_linear, config.cache_dir
     train, val = copy.copy(parts["plain"]), parts["val"]
-    if not is_linear:
-        rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:most])
-        train.paths, train.targets = np.array(train.paths, object)[rows], train.targets[rows]
-    x, x_val = (extract_features(model, part, *options) for part in (train, val))
-    if is_linear:
+    if model.spec["head"] == "linear":
+        x, x_val = (extract_features(model, part, config, pooled=True) for part in (train, val))
         options = {"exclusive": config.loss == "ce", "num_classes": len(train.label_columns)}
         probe, _ = fit_probe(x, train.targets, train.groups, **options)
         use_probe(model, probe)
         return mean_average_precision(val.targets, probe(x_val).detach().numpy())
-    sets = [FeatureSet(f, p.targets, p.label_columns) for f, p in ((x, train), (x_val, val))]
+    rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:4000])
+    train.paths, train.targets = np.array(train.paths, object)[rows], train.targets[rows]
+    sets = [store_features(model, part, config) for part in (train, val)]
     taken = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
     own = {key: getattr(config, key) for key in taken} | {"epochs": 20, "warmup_epochs": 1}
-    own["learning_rate"] = {"csra": 1e-2, "mldecoder": 1e-3}[model.spec["head"]]
+    own["learning_rate"] = model.get_classifier().frozen_rate
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**own), folder)
         return trainer.fit()["val_mAP"].max()
@@ -2107,7 +2070,7 @@ class Trainer:
         train_set: DataPartition,
         val_set: DataPartition,
         config: TrainConfig,
-        run_dir: str | os.PathLike,
+        run_dir: PathLike,
     ) -> None:
         kinds = {(*part.label_columns, part.exclusive) for part in (train_set, val_set)}
         if len(kinds) > 1:
@@ -2131,8 +2094,8 @@ class Trainer:
         self.prepare_loss(train_set)
         self._prepare_model(model, train_set)
         self.epoch, self.step, self.history, self.stopped = 0, 0, [], False
-        found = {"processes": self.accelerator.num_processes, "precision": precision}
-        self.circumstances = found | {"images": len(train_set), "labels": config.labels}
+        self.circumstances = {"processes": self.accelerator.num_processes, "precision": precision}
+        self.circumstances["images"] = len(train_set)
 
     def _measured(self, config: TrainConfig, model: nn.Module, photos: Dataset) -> TrainConfig:
         """Put the fastest precision and layout into `config`; a resumed run keeps what it had."""
@@ -2173,9 +2136,8 @@ class Trainer:
 
     def _prepare_model(self, model: nn.Module, train_set: DataPartition) -> None:
         """Set up model, moving average, optimizer, loader and the schedule over all steps."""
-        config, wanted, decay = self.config, self.config.channels_last, self.config.ema_decay
-        self.channels_last = gains_by_channels_last(model) if wanted is None else wanted
-        self.layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        config, decay = self.config, self.config.ema_decay
+        self.layout = _memory_format(model, config.channels_last)
         self.plain = model = model.to(self.accelerator.device, memory_format=self.layout)
         if config.grad_checkpointing:
             getattr(model, "backbone", model).set_grad_checkpointing()
@@ -2244,12 +2206,9 @@ class Trainer:
             raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
         for what, now in self.circumstances.items():
             before = state.get(what, now)
-            found = f"{before} {what}, and now there are {now}"
-            found = "other labels" if what == "labels" else found
-            if what == "precision":  # "bf16" and "no" may follow each other, on another machine
-                found = f"{before!r}, and precision is now {now!r}"
-                before = before if "fp16" in (before, now) else now
-            if before != now:
+            may_differ = what == "precision" and "fp16" not in (before, now)  # another machine
+            if before != now and not may_differ:
+                found = f"{what}={before!r}, now it is {now!r}"
                 raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
     def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
@@ -2838,7 +2797,7 @@ class _Views(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str, str]:
         item, (height, width) = self.images[index], _needed_size(self.transform)
-        name = str(item) if isinstance(item, (str, os.PathLike)) else f"image {index}"
+        name = str(item) if isinstance(item, PathLike) else f"image {index}"
         try:
             image = open_image(item, (height, width * (1 + self.halves)))
             if self.panorama and abs(image.width - 2 * image.height) > 0.02 * image.width:
@@ -2894,6 +2853,8 @@ class Classifier:
         self.combine = "mean" if self.exclusive else self.combine
         if self.rolls not in range(1, 2 if self.view == "half" else 65):
             raise ValueError("rolls (1 to 64) turn whole panoramas; a turned half has a seam.")
+        if self.panorama_bands is None:
+            self.panorama_bands = self.bands
         shape = (2, len(self.labels))
         for name in ("calibration", "panorama_calibration", "bands", "panorama_bands"):
             if getattr(self, name) is not None:
@@ -2904,13 +2865,14 @@ class Classifier:
         if self.usual is not None:
             self.usual = {k: np.asarray(self.usual[k], float) for k in ("mean", "std", "distances")}
 
-    def save(self, run_dir: str | os.PathLike, metrics: dict[str, float] | None = None) -> Path:
+    def save(self, run_dir: PathLike, metrics: dict[str, float] | None = None) -> Path:
         """Write model.safetensors and best_classifier.json; of several processes in one only."""
         weights, path = Path(run_dir) / WEIGHTS, Path(run_dir) / "best_classifier.json"
         content = {"format_version": FORMAT_VERSION, **self.model.spec, **self.model.data_config}
         content |= {name: getattr(self, name) for name in ("labels", "view", "activation", "flip")}
         content |= {"rolls": self.rolls, "combine": self.combine}
-        usual = None if self.usual is None else {k: v.tolist() for k, v in self.usual.items()}
+        usual = self.usual or {}
+        content["usual"] = {name: value.tolist() for name, value in usual.items()} or None
         for name in ("thresholds", "calibration", "bands"):
             for key in (name, f"panorama_{name}"):
                 content[key] = None if (rule := getattr(self, key)) is None else rule.tolist()
@@ -2918,9 +2880,7 @@ class Classifier:
         trained_in = _is_main() and (path.parent / ".lock").exists()  # by somebody who still may
         with _alone_in(path.parent, trained_in):
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
-            _write_json(
-                path, content | {"validation": metrics or {}, "versions": versions, "usual": usual}
-            )
+            _write_json(path, content | {"validation": metrics or {}, "versions": versions})
         _this_process().wait_for_everyone()
         return path
 
@@ -2952,7 +2912,7 @@ class Classifier:
         return cls(model, labels, **rules | options)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, labels: Sequence[str] | None = None) -> "Classifier":
+    def load(cls, path: PathLike, labels: Sequence[str] | None = None) -> "Classifier":
         """Load a best_classifier.json with these labels (None: any); safe with strangers' files."""
         path = _need_file(path, "run training.ipynb to make it")
         try:
@@ -3049,7 +3009,7 @@ class Classifier:
     def predict_to(
         self,
         images: Any,
-        path: str | os.PathLike,
+        path: PathLike,
         batch_size: int = 32,
         num_workers: int = 0,
         unreadable: str = "skip",
@@ -3308,11 +3268,11 @@ def _join_parquet(chunks: list[Path], target: Path, example: pd.DataFrame) -> No
 def _as_items(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple, pd.Series)):
         return [item for image in images for item in _as_items(image)]
-    if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
+    if isinstance(images, PathLike) and Path(images).is_dir():
         return list_images(images)
     if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim not in (2, 3)):
         raise TypeError(f"array {images.shape} {images.dtype}: expected (H, W, 3) of uint8.")
-    if isinstance(images, (str, os.PathLike, Image.Image, np.ndarray)):
+    if isinstance(images, PathLike | Image.Image | np.ndarray):
         return [images]
     raise TypeError(f"{type(images).__name__}: expected an image, an array, a path or a folder.")
 
@@ -3377,16 +3337,15 @@ def show_images(
     titles: Sequence[str] | None = None,
     columns: int = 4,
     width: float = 2.6,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
     bar: str = "",
 ) -> plt.Figure:
-    """Draw images (paths, PIL, arrays or tensors), each `width` inches wide, in a grid.
+    """Draw images (paths, PIL or arrays), each `width` inches wide, in a grid.
 
-    Normalised tensors (3, H, W) are drawn as `x * std + mean`. `bar` names a colour bar of heat
-    maps, see `overlay_heat_map`.
+    `bar` names a colour bar of heat maps, see `overlay_heat_map`.
     """
-    pictures = [_as_picture(image, mean, std) for image in images]
+    paths = [isinstance(image, PathLike) for image in images]
+    pictures = [open_image(i, (384, 384)) if is_path else i for i, is_path in zip(images, paths)]
+    pictures = [np.asarray(picture) for picture in pictures]
     given = [str(title).encode(errors="backslashreplace") for title in titles or [""] * len(images)]
     lines = [title.decode().splitlines() for title in given]  # Matplotlib draws no lone surrogates
     texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in found) for found in lines]
@@ -3403,16 +3362,6 @@ def show_images(
     if bar:
         figure.colorbar(plt.cm.ScalarMappable(cmap="plasma"), ax=axes, label=bar, shrink=0.8)
     return figure
-
-
-def _as_picture(image: Any, mean: Any, std: Any) -> np.ndarray:
-    if not isinstance(image, torch.Tensor):
-        is_path = isinstance(image, (str, os.PathLike))
-        return np.asarray(open_image(image, (384, 384)) if is_path else image)
-    picture = image.cpu().numpy().transpose(1, 2, 0)
-    if mean is None and (picture.min() < 0 or picture.max() > 1):
-        raise ValueError("a tensor holds values outside 0 to 1; give its mean and std.")
-    return picture if mean is None else (picture * std + mean).clip(0, 1)
 
 
 def show_predictions(part: DataPartition, probs: Array, thresholds: Any, seed: int = 42) -> None:
@@ -3606,7 +3555,7 @@ def _report_mistakes(
     return ["Each photo, and beside it where the model looks for that label.", *drawn]
 
 
-def write_report(run_dir: str | os.PathLike, most: int = 8) -> Path:
+def write_report(run_dir: PathLike, most: int = 8) -> Path:
     """Write RUN_DIR/report.html, one page that needs no other file: data, training, test, mistakes.
 
     All is read from the run's files and its partitions; the `most` surest mistakes are shown.

@@ -708,7 +708,7 @@ def test_head_on_stored_features_gives_the_logits_of_the_whole_model():
             lambda name=name: du.build_model(name, 3, "csra", pretrained=False, img_size=64)
         )
         photos = Photos()
-        features = du.extract_features(model, photos, batch_size=3)
+        features = du.extract_features(model, photos, du.TrainConfig(batch_size=3))
         assert features.shape[1] == model.head.weight.shape[-1]
         with torch.inference_mode():
             expected = model.eval()(photos.images)
@@ -729,7 +729,7 @@ def test_last_layer_on_pooled_features_gives_the_logits_of_the_whole_model(name)
     model = seeded(lambda: du.build_model(name, 3, pretrained=False, img_size=64)).eval()
     with torch.inference_mode():
         expected = model(photos.images)
-    pooled = du.extract_features(model, photos, batch_size=3, pooled=True)
+    pooled = du.extract_features(model, photos, du.TrainConfig(batch_size=3), pooled=True)
     assert pooled.shape == (8, model.num_features)
     torch.testing.assert_close(model.get_classifier()(pooled), expected, atol=2e-2, rtol=0)
 
@@ -740,9 +740,9 @@ def test_features_of_a_linear_model_are_maps_that_any_head_takes(backbone):
     model = du.build_model(name, 3, pretrained=False, img_size=size, **kwargs).eval()
     photos = Photos()
     photos.images = torch.randn(3, *model.data_config["input_size"])
-    features = du.extract_features(model, photos, batch_size=2)
+    features = du.extract_features(model, photos, du.TrainConfig(batch_size=2))
     assert features.shape == (3, model.num_features, *grid)
-    pooled = du.extract_features(model, photos, batch_size=2, pooled=True)
+    pooled = du.extract_features(model, photos, du.TrainConfig(batch_size=2), pooled=True)
     if backbone.startswith("SwinV2"):
         torch.testing.assert_close(features.mean((2, 3)), pooled, atol=2e-2, rtol=0)
     assert du.CSRA(model.num_features, 3)(features).shape == (3, 3)

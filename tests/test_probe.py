@@ -207,37 +207,33 @@ def settings(folder, **changes):
 
 
 def test_features_come_from_disk_the_second_time(survey, tmp_path, monkeypatch):
-    model, sets = du.build_run(settings(survey))
-    found = du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
+    config = settings(survey, cache_dir=str(tmp_path / "cache"))
+    model, sets = du.build_run(config)
+    found = du.extract_features(model, sets["val"], config, pooled=True)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     forward = model.forward_features
     monkeypatch.setattr(model, "forward_features", lambda images: 1 / 0)
-    again = du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
+    again = du.extract_features(model, sets["val"], config, pooled=True)
     assert torch.equal(found, again)
     with torch.no_grad():
         model.get_classifier().weight.add_(1)  # the head is not what they depend on
-        assert torch.equal(
-            found,
-            du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache"),
-        )
+        assert torch.equal(found, du.extract_features(model, sets["val"], config, pooled=True))
         monkeypatch.setattr(model, "forward_features", forward)
         next(model.parameters()).mul_(1.1)  # other weights of the backbone: other features
-    other = du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
+    other = du.extract_features(model, sets["val"], config, pooled=True)
     assert not torch.equal(found, other)
     path = sets["val"].paths[0]
     Image.new("RGB", (48, 48)).save(path)  # another photo under the same name
-    changed = du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
+    changed = du.extract_features(model, sets["val"], config, pooled=True)
     assert not torch.equal(changed[0], other[0])
     assert torch.equal(changed[1:], other[1:])
 
 
 def test_features_of_a_distilled_model_are_kept_on_disk_too(survey, tmp_path):
-    config = settings(survey, model_name="deit_tiny_distilled_patch16_224", img_width=224)
+    cached = {"img_width": 224, "cache_dir": str(tmp_path / "cache")}
+    config = settings(survey, model_name="deit_tiny_distilled_patch16_224", **cached)
     model, sets = du.build_run(config, names=("train", "val"))
-    found, again = (
-        du.extract_features(model, sets["val"], pooled=True, cache_dir=tmp_path / "cache")
-        for _ in range(2)
-    )
+    found, again = (du.extract_features(model, sets["val"], config, pooled=True) for _ in range(2))
     assert torch.equal(found, again)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

@@ -224,7 +224,7 @@ def test_unknown_loss_is_refused_by_name(name):
 
 
 def test_unknown_class_weights_are_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="class_weights='balanced': expected .*neg_pos.*inv_freq"):
+    with pytest.raises(ValueError, match="'balanced', expected .*neg_pos.*inv_freq"):
         du.MaskedLoss("bce", TRAINING, class_weights="balanced")
 
 
@@ -495,7 +495,7 @@ def test_measured_choice_is_the_fastest_and_a_resumed_run_keeps_it(sets, tmp_pat
 
     measured("bf16", True)
     run = trainer(sets, tmp_path, epochs=2, precision="measure")
-    assert (run.accelerator.mixed_precision, run.channels_last) == ("bf16", True)
+    assert (run.accelerator.mixed_precision, run.layout) == ("bf16", torch.channels_last)
     run.fit(lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
     measured("no", False)  # the machine is busy with something else now
     again = trainer(sets, tmp_path, epochs=2, precision="measure")
@@ -1128,10 +1128,9 @@ def test_batch_that_was_broken_off_half_unscaled_is_forgotten(sets, tmp_path):
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({"processes": 4}, "trained with 4 processes, and now there are 1; resume as"),
-        ({"precision": "fp16"}, "trained with 'fp16', and precision is now 'no'; resume as"),
-        ({"images": 999}, "trained with 999 images, and now there are"),
-        ({"labels": ["other"]}, "trained with other labels; resume as"),
+        ({"processes": 4}, "trained with processes=4, now it is 1; resume as"),
+        ({"precision": "fp16"}, "trained with precision='fp16', now it is 'no'; resume as"),
+        ({"images": 999}, "trained with images=999, now it is"),
     ],
 )
 def test_resume_on_a_machine_that_cannot_go_on_is_refused(sets, tmp_path, saved, message):
