@@ -316,3 +316,43 @@ def test_photo_unlike_the_known_ones_is_flagged(tmp_path, head):
     assert again.novelty([odd]).tolist() == [1.0]
     known = again.novelty(sorted(tmp_path.glob("*.png")))
     assert 0.3 < np.median(known) < 0.7
+
+
+# ---------------------------------------------------------------- what the notebooks teach
+
+
+def test_reliability_by_hand(notebook_functions):
+    targets = np.array([[1, 0], [0, np.nan], [1, 1], [0, 1]])
+    probs = np.array([[0.9, 0.1], [0.95, 0.5], [1.0, 0.15], [0.0, 0.9]])
+    table = notebook_functions("training").reliability(targets, probs)
+    assert table.index.tolist() == [0, 1, 9]
+    assert table["cells"].tolist() == [1, 2, 4]  # the unknown cell counts nowhere
+    np.testing.assert_allclose(table["said"], [0, 0.125, 0.9375])
+    np.testing.assert_allclose(table["true"], [0, 0.5, 0.75])
+    np.testing.assert_allclose(table["off"], [0, 0.375, 0.1875])
+    assert ((table["low"] <= table["true"]) & (table["true"] <= table["high"])).all()
+    np.testing.assert_allclose(table.loc[9, ["low", "high"]].tolist(), [0.3006, 0.9544], atol=1e-4)
+
+
+def test_share_by_rogan_and_gladen_by_hand(notebook_functions):
+    counts = [np.array([n]) for n in (45, 100, 90, 100, 95, 100)]
+    share, low, high = notebook_functions("classifier").true_share(*counts)
+    assert share[0] == pytest.approx((0.45 + 0.95 - 1) / 0.85)
+    assert low[0] < share[0] < high[0]
+    counts = [np.array([n]) for n in (45, 100, 10**9, 10**9, 10**9, 10**9)]  # it never errs
+    _, low, high = notebook_functions("classifier").true_share(*counts)
+    np.testing.assert_allclose([low[0], high[0]], [0.3561, 0.5476], atol=2e-4)  # Agresti-Coull
+    nothing = [np.array([n]) for n in (45, 100, 5, 10, 5, 10)]  # as good as a coin
+    assert np.isnan(notebook_functions("classifier").true_share(*nothing)).all()
+
+
+@pytest.mark.parametrize("prevalence", [0.03, 0.1, 0.3, 0.7])
+def test_intervals_of_the_share_hold_what_they_promise(notebook_functions, prevalence):
+    """The reports of simulated surveys, by a classifier whose mistakes are known exactly."""
+    rng, se, sp, n = np.random.default_rng(0), 0.85, 0.93, 4000
+    reported = rng.binomial(80, prevalence * se + (1 - prevalence) * (1 - sp), n)
+    judged = rng.binomial(40, se, n), 40, rng.binomial(100, sp, n), 100
+    share, low, high = notebook_functions("classifier").true_share(reported, 80, *judged)
+    assert 0.93 <= ((low <= prevalence) & (prevalence <= high)).mean() <= 0.99
+    naive = np.abs(reported.mean() / 80 - prevalence)
+    assert np.abs(np.mean(share) - prevalence) < max(0.02, naive / 2)
