@@ -1795,7 +1795,7 @@ def _check_exclusive(part: DataPartition, name: str) -> None:
 def _look(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 1) -> torch.Tensor:
     """Return the mean logits of images in `rolls` even turns, with `flip` each mirrored as well."""
     width = images.shape[-1]
-    views = [images.roll(turn * width // rolls, -1) for turn in range(rolls)]
+    views = [images, *(images.roll(turn * width // rolls, -1) for turn in range(1, rolls))]
     views += [view.flip(-1) for view in views if flip]
     return sum(model(view) for view in views) / len(views)
 

@@ -304,7 +304,7 @@ def test_photo_unlike_the_known_ones_is_flagged(tmp_path, head):
         shade = 90 + 3 * i
         Image.new("RGB", (32, 32), (shade, shade, 120)).save(tmp_path / f"{i:02d}.png")
     torch.manual_seed(0)
-    model = du.build_model("resnet18", 2, head=head, pretrained=False, img_size=32)
+    model = du.build_model("resnet18", 2, head=head, pretrained=False, img_size=64)
     classifier = du.Classifier(model, LABELS, [0.5] * 2)
     with pytest.raises(ValueError, match="novelty needs remember"):
         classifier.novelty(tmp_path)
