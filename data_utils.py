@@ -1028,7 +1028,7 @@ def _seed_by_rank(worker: int) -> None:
         random.seed(seed)
 
 
-# ---------------------------------------------------------------- features, out of fold
+# ---------------------------------------------------------------- features of patches, out of fold
 
 
 def _patches(images: torch.Tensor, side: int = 6) -> torch.Tensor:
@@ -1659,7 +1659,7 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
     return model.forward_head(alone)[:, label].view(len(found), *found.shape[2:]).float()
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- precision and loss
 
 
 def _fastest_device() -> str:
@@ -1792,7 +1792,7 @@ def _check_exclusive(part: DataPartition, name: str) -> None:
         raise ValueError(f"loss='ce': {problem}; use 'bce' where several labels may be present.")
 
 
-def _look(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 1) -> torch.Tensor:
+def _logits_of(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 1) -> torch.Tensor:
     """Return the mean logits of images in `rolls` even turns, with `flip` each mirrored as well."""
     width = images.shape[-1]
     views = [images, *(images.roll(turn * width // rolls, -1) for turn in range(1, rolls))]
@@ -1805,30 +1805,7 @@ def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
 
-def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({type(error).__name__}); {fix}.") from None
-
-
-@contextlib.contextmanager
-def _alone_in(
-    folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
-) -> Iterator[None]:
-    """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0) if wanted else contextlib.nullcontext():
-            yield
-    except Timeout:
-        fix = f"let it end or stop it first, or give this one another {other}"
-        raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
-
-
-def _remove_resume_point(folder: Path) -> None:
-    (folder / "trainer.json").unlink(missing_ok=True)  # first: half of it never looks complete
-    shutil.rmtree(folder, ignore_errors=True)
+# ---------------------------------------------------------------- settings
 
 
 # Measured in docs/results.md: at least `steps` steps and `min_epochs` epochs, 40 at most.
@@ -1970,6 +1947,9 @@ TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 
 
+# ---------------------------------------------------------------- training
+
+
 def build_run(
     config: TrainConfig, head: str | None = None, names: Sequence[str] = PARTS, **head_kwargs: Any
 ) -> tuple[nn.Module, dict[str, DataPartition]]:
@@ -1984,9 +1964,9 @@ def build_run(
     targets = read_targets(parts["train"], labels)
     rates = base_rate_logits(targets, config.loss == "ce", len(labels))
     set_seed(config.seed)
-    about = len(labels), head or config.head, config.pretrained, config.img_size, rates
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
-    model = build_model(config.model_name, *about, **options)
+    options |= {"head": head or config.head, "pretrained": config.pretrained, "head_bias": rates}
+    model = build_model(config.model_name, len(labels), img_size=config.img_size, **options)
     about = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
     tables = parts | {"plain": parts["train"]}
     sets = {name: DataPartition(table, *about) for name, table in tables.items()}
@@ -2018,6 +1998,32 @@ def start_from_probe(
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**own), folder)
         return trainer.fit()["val_mAP"].max()
+
+
+def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}); {fix}.") from None
+
+
+@contextlib.contextmanager
+def _alone_in(
+    folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
+) -> Iterator[None]:
+    """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0) if wanted else contextlib.nullcontext():
+            yield
+    except Timeout:
+        fix = f"let it end or stop it first, or give this one another {other}"
+        raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
+
+
+def _remove_resume_point(folder: Path) -> None:
+    (folder / "trainer.json").unlink(missing_ok=True)  # first: half of it never looks complete
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
@@ -2138,6 +2144,7 @@ class Trainer:
         """Set up model, moving average, optimizer, loader and the schedule over all steps."""
         config, decay = self.config, self.config.ema_decay
         self.layout = _memory_format(model, config.channels_last)
+        # plain: timm's own, which is saved; self.model: wrapped by accelerate for several processes
         self.plain = model = model.to(self.accelerator.device, memory_format=self.layout)
         if config.grad_checkpointing:
             getattr(model, "backbone", model).set_grad_checkpointing()
@@ -2212,7 +2219,7 @@ class Trainer:
                 raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
     def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
-        """Return probabilities (N, L); weights="ema" is the moving average, flip as in `_look`."""
+        """Return probabilities (N, L); weights="ema": the moving average; flip: both ways round."""
         return _to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
 
     def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
@@ -2229,7 +2236,7 @@ class Trainer:
         logits = [torch.empty(0, len(dataset.label_columns), device=accelerator.device)]
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
-                found = _look(model, images.contiguous(memory_format=self.layout), flip)
+                found = _logits_of(model, images.contiguous(memory_format=self.layout), flip)
                 logits.append(accelerator.gather_for_metrics(found).float())
         return torch.cat(logits)
 
@@ -2969,9 +2976,9 @@ class Classifier:
         items = _as_items(images)
         with tqdm(total=len(items), desc="classifying", leave=False, delay=2) as bar:
             options = batch_size, num_workers, unreadable, flip, panorama, abstain
-            return self._answer(items, bar, *options)[0]
+            return self._logits_of(items, bar, *options)[0]
 
-    def _answer(
+    def _logits_of(
         self,
         items,
         bar,
@@ -2996,7 +3003,9 @@ class Classifier:
                 if failed and unreadable == "raise":
                     raise OSError(failed[0][1])
                 start, good = time.perf_counter(), [not problem for problem in problems]
-                logits = _look(self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls)
+                logits = _logits_of(
+                    self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls
+                )
                 answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
                 busy += time.perf_counter() - start
                 probs.append(answers[good])
@@ -3044,7 +3053,9 @@ class Classifier:
             shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
             with tqdm(**shown, unit=" photos", disable=not main or None) as bar:
                 for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
-                    found = self._answer(paths, bar, batch_size, num_workers, unreadable, **options)
+                    found = self._logits_of(
+                        paths, bar, batch_size, num_workers, unreadable, **options
+                    )
                     _write_chunk(parts, number, *found)
                     busy, n = busy + found[0].attrs["busy"], n + len(paths)
             state.wait_for_everyone()
