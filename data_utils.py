@@ -2976,9 +2976,9 @@ class Classifier:
         items = _as_items(images)
         with tqdm(total=len(items), desc="classifying", leave=False, delay=2) as bar:
             options = batch_size, num_workers, unreadable, flip, panorama, abstain
-            return self._logits_of(items, bar, *options)[0]
+            return self._answer(items, bar, *options)[0]
 
-    def _logits_of(
+    def _answer(
         self,
         items,
         bar,
@@ -3053,9 +3053,7 @@ class Classifier:
             shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
             with tqdm(**shown, unit=" photos", disable=not main or None) as bar:
                 for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
-                    found = self._logits_of(
-                        paths, bar, batch_size, num_workers, unreadable, **options
-                    )
+                    found = self._answer(paths, bar, batch_size, num_workers, unreadable, **options)
                     _write_chunk(parts, number, *found)
                     busy, n = busy + found[0].attrs["busy"], n + len(paths)
             state.wait_for_everyone()
