@@ -3113,31 +3113,31 @@ class Classifier:
             table.insert(1, "part", parts * len(names))
         return table.join(pd.DataFrame(rows, columns=[f"{name}_prob" for name in self.labels]))
 
-    def _features(self, images: Any, batch_size: int, num_workers: int) -> Array:
+    def _features(self, images: Any, config: TrainConfig | None) -> Array:
         """Return what the last layer sees of paths, (N, C)."""
-        part = DataPartition(pd.DataFrame({"image_path": _as_items(images)}), [], self.transform)
-        pooled = not isinstance(self.model, _HeadedModel)
-        found = extract_features(self.model, part, batch_size, num_workers, pooled)
-        return (found if pooled else found.mean((2, 3))).double().numpy()
+        paths, cache = pd.DataFrame({"image_path": _as_items(images)}), config and config.cache_dir
+        part, pooled = DataPartition(paths, [], self.transform, cache), self.model.spec["head"]
+        found = extract_features(self.model, part, config, pooled == "linear")
+        return (found if found.ndim == 2 else found.mean((2, 3))).double().numpy()
 
     def _distance(self, features: Array) -> Array:
         away = (features - self.usual["mean"]) / self.usual["std"]
         return np.sqrt((away**2).mean(1))  # (N,), in standard deviations per channel
 
-    def remember(self, images: Any, batch_size: int = 32, num_workers: int = 0) -> None:
+    def remember(self, images: Any, config: TrainConfig | None = None) -> None:
         """Keep what the photos (paths or a folder) that it learnt from are like, for `novelty`."""
-        found = self._features(images, batch_size, num_workers)
+        found = self._features(images, config)
         self.usual = {"mean": found.mean(0), "std": found.std(0) + 1e-6}
         self.usual["distances"] = np.quantile(self._distance(found), np.linspace(0, 1, 101))
 
-    def novelty(self, images: Any, batch_size: int = 32, num_workers: int = 0) -> Array:
+    def novelty(self, images: Any, config: TrainConfig | None = None) -> Array:
         """Return the share of remembered photos that lie nearer to their middle, (N,), 0 to 1.
 
         From 0.99 on a photo is unlike what was trained on: do not trust its answers.
         """
         if self.usual is None:
             raise ValueError("novelty needs remember(photos) of the training part first.")
-        found = self._distance(self._features(images, batch_size, num_workers))
+        found = self._distance(self._features(images, config))
         return np.searchsorted(self.usual["distances"], found).clip(max=100) / 100
 
     def _fingerprint(self) -> str:
@@ -3446,7 +3446,7 @@ def finish_run(trainer: Trainer) -> Classifier:
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
     cuts = "argmax" if classifier.exclusive else classifier.thresholds
     scores = summarize_scores(part.targets, classifier.calibrate(probs), cuts, n_bootstrap=0)
-    classifier.remember(trainer.loader.dataset.paths, config.batch_size, config.num_workers)
+    classifier.remember(trainer.loader.dataset.paths, config)
     path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
     return Classifier.load(path, part.label_columns)
 
