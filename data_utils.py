@@ -125,7 +125,8 @@ def replacing(path: PathLike, by_all: bool = False) -> Iterator[Path]:
 
 
 def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # as set by accelerate launch and torchrun
+    launched = "LOCAL_RANK" in os.environ  # by accelerate or torchrun; some queues set RANK alone
+    return not launched or os.environ["RANK"] == "0"
 
 
 def _this_process() -> PartialState:
@@ -3051,7 +3052,8 @@ class Classifier:
             [todo] = broadcast_object_list([todo])  # of the first process: all see the same
             mine = set(todo[state.process_index :: state.num_processes])
             shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
-            with tqdm(**shown, unit=" photos", disable=not main or None) as bar:
+            shown |= {} if main else {"disable": True}  # or TQDM_DISABLE
+            with tqdm(**shown, unit=" photos") as bar:
                 for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
                     found = self._answer(paths, bar, batch_size, num_workers, unreadable, **options)
                     _write_chunk(parts, number, *found)
@@ -3192,17 +3194,13 @@ def _each_path(images: str | list[str]) -> Iterator[str]:
 
 
 def _read_paths(table: Path) -> Iterator[str]:
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        try:
-            if "image_path" not in (rows.fieldnames or ()):
-                raise _bad_line(table, 1, "expected a column image_path")
-            for row in rows:
-                if not row["image_path"]:
-                    raise _bad_line(table, rows.line_num, "no image_path")
-                yield _seen_from_here(table, row["image_path"])
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{table}: no CSV of UTF-8 text ({error}).") from None
+    text = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "chunksize": 10_000}
+    try:
+        for rows in pd.read_csv(table, usecols=["image_path"], **text):
+            yield from (_seen_from_here(table, name) for name in rows["image_path"])
+    except ValueError as error:  # pandas' own errors and UnicodeDecodeError
+        problem = f"expected a CSV with commas and a column image_path ({error})"
+        raise ValueError(f"{table}: {problem}.") from None
 
 
 def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
@@ -3219,8 +3217,8 @@ def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
     before = _read_state(plan, fix)
     changed = [key for key, value in run.items() if before.get(key) != value]
     if changed:
-        problem = f"{parts}: begun with another {_some(changed)}"
-        raise ValueError(f"{problem}; restore it to go on, or {fix}.")
+        problem = f"{parts}: not begun with these {_some(changed)}"
+        raise ValueError(f"{problem}; restore them to go on, or {fix}.")
 
 
 def _read_chunks(path: Path, size: int, wanted: set[int]) -> Iterator[tuple[int, list[str]]]:

@@ -1,8 +1,10 @@
 """The same loops on a cluster: joblib's dask backend, and scripts of notebooks in two processes."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -16,6 +18,8 @@ import pytest
 import test_classifier as t
 import torch
 from cloudpickle import register_pickle_by_value
+from nbconvert import ScriptExporter
+from PIL import Image
 from run_notebooks import ROOT
 from test_imagesplit import scene, write_panorama
 
@@ -93,20 +97,21 @@ def test_hashes_features_and_cached_photos_are_the_same_from_dask(
 # ---------------------------------------------------------------- scripts of notebooks
 
 
-def write_script(name, folder, parameters):
+def write_script(name, parameters):
     """Turn a notebook into a script as docs/cluster.md says, with other parameters."""
     notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
-    nbformat.write(notebook, folder / f"{name}.ipynb")
-    command = [sys.executable, "-m", "nbconvert", "--to", "script", f"{name}.ipynb"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
-    return (folder / f"{name}.py").read_text(encoding="utf-8")
+    return ScriptExporter().from_notebook_node(notebook)[0]  # as `jupyter nbconvert --to script`
 
 
+CHUNKS_OF_5 = """
+import data_utils
+data_utils.Classifier.predict_to.__defaults__ = (32, 0, "skip", 5)
+"""
 LOG_WRITES = """
-import os, pathlib
+import os
 _replace = os.replace
 def replace(source, target):
     with open(f"writes{os.environ['RANK']}.txt", "a") as file:
@@ -116,16 +121,19 @@ os.replace = replace
 """
 
 
-def test_training_and_classifier_run_as_scripts_in_two_processes(tmp_path):
-    """Only the first process writes; photos are classified once, by one of the two."""
-    rng = np.random.default_rng(0)
-    for i in range(36):
+def test_training_and_classifier_run_as_scripts_on_two_machines(tmp_path):
+    """A process each, as SLURM does it: the first writes, each photo is classified once."""
+    for i in range(36):  # red where there is a tree, green where there is grass
         path = tmp_path / "photos" / f"place {i % 6}" / f"{i:02}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        t.picture(i).save(path)
+        pixels = np.asarray(t.picture(i)) // 4 + np.uint8(
+            [180 * (i // 6 % 2), 180 * (i % 4 > 1), 0]
+        )
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
     paths = sorted((tmp_path / "photos").rglob("*.jpg"))
     table = pd.DataFrame({"image_path": paths, "group_id": [p.parent.name for p in paths]})
-    table["tree"], table["grass"] = rng.integers(0, 2, (2, 36))
+    number = np.array([int(path.stem) for path in paths])
+    table["tree"], table["grass"] = number // 6 % 2, (number % 4 > 1).astype(int)
     for name, places in (("train", "0123"), ("val", "4"), ("test", "5")):
         rows = table["group_id"].str[-1].isin(list(places))
         du.write_partition(table[rows], tmp_path / "partitions" / f"{name}_partition.csv")
@@ -135,17 +143,17 @@ def test_training_and_classifier_run_as_scripts_in_two_processes(tmp_path):
     use = {"RUN_DIR": "runs/linear", "IMAGE_DIR": "photos", "PANORAMA_DIR": None}
     use |= {"OUTPUT_DIR": "out", "BATCH_SIZE": 4}
     where = {"PARTITION_DIR": "partitions"}
-    script = LOG_WRITES + write_script("training", tmp_path, network | where)
-    script += write_script("classifier", tmp_path, use | where)
+    script = LOG_WRITES + CHUNKS_OF_5 + write_script("training", network | where)
+    script += write_script("classifier", use | where)
     (tmp_path / "survey.py").write_text(script, encoding="utf-8")
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    command = [sys.executable, "-m", *launch, "survey.py"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines"]
+    launch += ["2", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--mixed_precision"]
+    launch += ["no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    machines = [[*launch, "--machine_rank", str(rank), "survey.py"] for rank in (0, 1)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(m, cwd=tmp_path, env=ON_CPUS, **pipes) for m in machines]
+    said = [process.communicate(timeout=900)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "".join(said)[-6000:]
     found = pd.read_csv(tmp_path / "out" / "predictions.csv")
     assert found["image"].tolist() == [str(p.relative_to(tmp_path)) for p in paths]
     assert pd.read_csv(tmp_path / "out" / "failed.csv")["image"].tolist() == ["photos/broken.jpg"]
@@ -154,13 +162,49 @@ def test_training_and_classifier_run_as_scripts_in_two_processes(tmp_path):
     np.testing.assert_allclose(found[["tree_prob", "grass_prob"]], expected, atol=1e-5)
     written = [(tmp_path / f"writes{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     assert {Path(path).name for path in written[0]} >= {"best_classifier.json", "predictions.csv"}
+    assert written[1]
     assert all("predictions.csv.parts" in path for path in written[1])
-    history = pd.read_csv(tmp_path / "runs" / "linear" / "history.csv")
-    assert history["epoch"].max() == 1
+    assert pd.read_csv(tmp_path / "runs" / "linear" / "history.csv")["epoch"].max() == 1
+    launch_from_notebook(tmp_path)
 
 
-def test_launcher_cell_of_the_page_trains_in_two_processes(tmp_path):
-    """No call of CUDA before it; processes are forked, as in a notebook with several GPUs."""
+ON_CPUS = os.environ | {"ACCELERATE_USE_CPU": "true", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
+ON_CPUS |= {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+NO_CUDA_BEFORE = """
+import torch
+
+import accelerate
+
+real, used = accelerate.notebook_launcher, (torch.cuda.is_available, torch.cuda._lazy_init)
+
+
+def refuse(*_):
+    raise AssertionError("a call of CUDA before the launch")
+
+
+def launch(train, num_processes):
+    torch.cuda.is_available, torch.cuda._lazy_init = used
+    real(train, num_processes=2, use_port="0")
+
+
+accelerate.notebook_launcher = launch
+torch.cuda.is_available = torch.cuda._lazy_init = refuse
+"""
+
+
+def launch_from_notebook(folder):
+    """Run the cell of docs/cluster.md: two forked processes train the run that is there."""
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-    cell = re.search(r"```python\n(.*?notebook_launcher.*?)```", page, re.S)[1]
-    assert "notebook_launcher(train, num_processes=8)" in cell
+    cell = re.search(r"```python\n(from accelerate import notebook_launcher.*?)```", page, re.S)[1]
+    cell = cell.replace("epochs=40", "epochs=1")
+    command = [sys.executable, "-c", NO_CUDA_BEFORE + cell]
+    done = subprocess.run(command, cwd=folder, env=ON_CPUS, capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert json.loads((folder / "runs/eight/last/trainer.json").read_text())["processes"] == 2
+    du.Classifier.load(folder / "runs" / "eight" / "best_classifier.json", ["tree", "grass"])
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -102,6 +102,9 @@ def test_remains_of_killed_processes_are_removed_and_those_of_living_ones_stay(t
 
 def test_only_the_first_of_launched_processes_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    du._write_json(tmp_path / "b.json", {})  # a queue sets that for a process that is alone
+    (tmp_path / "b.json").unlink()
+    monkeypatch.setenv("LOCAL_RANK", "1")
     du._write_json(tmp_path / "a.json", {})
     assert content_of(tmp_path) == {}
     monkeypatch.setenv("RANK", "0")

@@ -533,6 +533,33 @@ def test_top1_of_two_times_three_trainings_is_compared_photo_by_photo():
         du.compare_scores(targets, new, old, ["a", "top-1"])
 
 
+def test_whole_network_is_trained_on_small_photos_first(of_classes, monkeypatch, tmp_path):
+    nb, true = of_classes, np.arange(18) % 3
+    for i, c in enumerate(true):
+        Image.new("RGB", (40, 40), ["red", "lime", "blue"][c]).save(tmp_path / f"{i}.png")
+    photos = pd.DataFrame({"image_path": [str(tmp_path / f"{i}.png") for i in range(18)]})
+    photos["group_id"], photos["class"] = photos.index.astype(str), np.array(CLASSES)[true]
+    rows = {"train": np.arange(9), "val": np.arange(9, 15), "test": np.arange(15, 18)}
+    for name, own in rows.items():
+        du.write_partition(photos.iloc[own], tmp_path / f"{name}_partition.csv", CLASSES)
+    options = {"model_name": "test_resnet", "partition_dir": str(tmp_path), "learning_rate": 0.01}
+    widths, build = [], du.build_run
+    monkeypatch.setattr(du, "build_run", lambda own: (widths.append(own.img_width), build(own))[1])
+    for name, value in {
+        "config": du.TrainConfig(epochs=2, batch_size=4, loss="ce", **options),
+        "IMG_WIDTHS": (32, 48),
+        "photos": photos,
+        "rows_of": rows,
+        "truth": np.eye(3)[true],
+    }.items():
+        monkeypatch.setattr(nb, name, value, raising=False)
+    targets = np.eye(3)[true]
+    targets[:2], targets[2] = NAN, [0.1, 0.2, 0.7]  # unknown; filled softly
+    probs = nb.train_network(rows["train"], targets, 1)(rows["test"])
+    assert widths == [32, 48]
+    assert probs.sum(1) == pytest.approx(np.ones(3), abs=1e-3)
+
+
 def test_notebook_runs_on_classes_from_top_to_bottom(tmp_path, monkeypatch):
     """The same cells that serve several labels; features that tell, so that seconds are enough."""
     rng, true = np.random.default_rng(0), np.arange(90) % 3

@@ -117,16 +117,16 @@ def test_photos_that_all_fail_give_an_empty_table(classifier, tmp_path):  # noqa
         ("gone", "gone: no such folder, CSV or photo."),
         ("empty", "empty: no image in it."),
         ("em*/*.jpg", r"em\*/\*.jpg: no image in it."),
-        ("names.csv", "names.csv, line 1: expected a column image_path."),
-        ("blank.csv", "blank.csv, line 3: no image_path."),
-        ("raw.csv", "raw.csv: no CSV of UTF-8 text .*"),
+        ("names.csv", "names.csv: expected a CSV with commas and a column image_path .*"),
+        ("torn.csv", "torn.csv: expected a CSV with commas and a column image_path .*"),
+        ("raw.csv", "raw.csv: expected a CSV with commas and a column image_path .*"),
     ],
 )
 def test_input_without_photos_is_named(classifier, tmp_path, monkeypatch, images, problem):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("names.csv").write_text("name\na.jpg\n")
-    Path("blank.csv").write_text("image_path,tree\na.jpg,1\n,1\n")
+    Path("torn.csv").write_text('image_path,tree\na.jpg,1\n"b,1\n')
     Path("raw.csv").write_bytes(b"image_path\n\xff\xfe\x00.jpg\n")
     with pytest.raises((FileNotFoundError, ValueError), match=f"^{problem}$"):
         classifier.predict_to(images, "out/predictions.csv")
@@ -184,8 +184,8 @@ def test_other_photos_or_another_classifier_do_not_go_on_with_it(
         classifier.predict_to(survey, path, **SIZES)
     other = du.Classifier(t.tiny_model(), t.LABELS, [0.1] * 3, "half", t.PANORAMA_THRESHOLDS)
     for used, images, what in ((other, survey, "classifier"), (classifier, [survey], "images")):
-        fix = f"restore it to go on, or delete {path}.parts to begin again"
-        with pytest.raises(ValueError, match=f"begun with another {what}; {fix}"):
+        fix = f"restore them to go on, or delete {path}.parts to begin again"
+        with pytest.raises(ValueError, match=f"not begun with these {what}; {fix}"):
             used.predict_to(images, path, **SIZES)
     (tmp_path / "predictions.csv.parts" / "plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan\.json: cannot be read .*; delete .* to begin"):
