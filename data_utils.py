@@ -2662,7 +2662,7 @@ def find_optimal_thresholds(
     return table.assign(positives=positives, source=source)
 
 
-CALIBRATION_SPREADS = (0.0, 0.3, 1.0)
+CALIBRATION_SPREADS = (0.0, 0.5)
 
 
 def _logits(probs: Array, exclusive: bool) -> torch.Tensor:
@@ -2702,7 +2702,7 @@ def _fit_slopes(z, y, spread, exclusive):
         return (loss + weights.square().sum() / 2) / len(z)
 
     start = z.new_zeros(2, 1 + z.shape[1])
-    found = lines(_minimize(penalised, start, max_iter=50, tolerance_change=1e-6))
+    found = lines(_minimize(penalised, start, max_iter=30, tolerance_change=1e-6))
     found[0].clamp_(min=0.05)  # a label that cannot be told is not turned round
     return found
 
