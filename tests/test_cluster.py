@@ -10,6 +10,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import data_utils as du
+
 import joblib
 import nbformat
 import numpy as np
@@ -22,8 +24,6 @@ from nbconvert import ScriptExporter
 from PIL import Image
 from run_notebooks import ROOT
 from test_imagesplit import scene, write_panorama
-
-import data_utils as du
 
 # ---------------------------------------------------------------- dask
 

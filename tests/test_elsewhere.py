@@ -7,6 +7,9 @@ import re
 import shutil
 from pathlib import Path
 
+import data_utils as du
+import demo_360
+
 import huggingface_hub
 import numpy as np
 import pandas as pd
@@ -14,9 +17,6 @@ import pytest
 import timm
 import torch
 from PIL import ExifTags, Image
-
-import data_utils as du
-import demo_360
 
 LABELS = ["tree", "<b>`grass`</b>: 1", "</script>"]
 SWIN = {"window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
