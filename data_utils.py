@@ -2927,7 +2927,7 @@ class Classifier:
         labels, options = part.label_columns, {"view": view, **options}
         if part.exclusive:
             options.setdefault("activation", "softmax")
-        exclusive = options.get("activation", "sigmoid") == "softmax"
+        exclusive = options.get("activation", "sigmoid") != "sigmoid"
         rules = _choose_rules(probs, part.targets, labels, part.groups, exclusive)
         if exclusive or view == "panorama":
             return cls(model, labels, **rules | options)
