@@ -2,6 +2,8 @@
 
 import json
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-
-import data_utils as du
 
 LABELS = ["tree", "water"]
 
