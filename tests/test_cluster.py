@@ -171,6 +171,8 @@ def test_training_and_classifier_run_as_scripts_on_two_machines(tmp_path):
 ON_CPUS = os.environ | {"ACCELERATE_USE_CPU": "true", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 ON_CPUS |= {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
 NO_CUDA_BEFORE = """
+import sys
+
 import torch
 
 import accelerate
@@ -184,7 +186,7 @@ def refuse(*_):
 
 def launch(train, num_processes):
     torch.cuda.is_available, torch.cuda._lazy_init = used
-    real(train, num_processes=2, use_port="0")
+    real(train, num_processes=2, use_port=sys.argv[1])
 
 
 accelerate.notebook_launcher = launch
@@ -197,7 +199,7 @@ def launch_from_notebook(folder):
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
     cell = re.search(r"```python\n(from accelerate import notebook_launcher.*?)```", page, re.S)[1]
     cell = cell.replace("epochs=40", "epochs=1")
-    command = [sys.executable, "-c", NO_CUDA_BEFORE + cell]
+    command = [sys.executable, "-c", NO_CUDA_BEFORE + cell, str(free_port())]
     done = subprocess.run(command, cwd=folder, env=ON_CPUS, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     assert json.loads((folder / "runs/eight/last/trainer.json").read_text())["processes"] == 2
