@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import joblib
 import nbformat
@@ -38,6 +39,29 @@ def dask_cluster():
         yield client
 
 
+@pytest.fixture
+def in_time():
+    """Fail instead of waiting for ever for workers that do not come."""
+
+    def stop(*_):
+        raise TimeoutError("the cluster has not answered in five minutes")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def as_in_a_kernel(module):
+    """Functions of a notebook live in __main__: dask sends them whole, not by their names."""
+    register_pickle_by_value(module)
+    for function in vars(module).values():
+        if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+            function.__module__ = "__main__"
+    return module
+
+
 def split_or_die(split, log, path, *folders):
     """Split a panorama; the process that first meets number 5 is killed."""
     with open(log, "a") as file:
@@ -50,10 +74,9 @@ def split_or_die(split, log, path, *folders):
 
 
 def test_killed_dask_worker_is_replaced_and_no_panorama_is_lost_or_done_twice(
-    dask_cluster, notebook_functions, tmp_path
+    dask_cluster, in_time, notebook_functions, tmp_path
 ):
-    nb = notebook_functions("imagesplit")
-    register_pickle_by_value(nb)  # the workers have no notebook
+    nb = as_in_a_kernel(notebook_functions("imagesplit"))
     for i in range(8):
         write_panorama(tmp_path / "in" / f"{i}.jpg", scene(128, 64))
     paths, folders = sorted((tmp_path / "in").glob("*.jpg")), (tmp_path / "in", tmp_path / "out")
@@ -73,10 +96,9 @@ def test_killed_dask_worker_is_replaced_and_no_panorama_is_lost_or_done_twice(
 
 
 def test_hashes_features_and_cached_photos_are_the_same_from_dask(
-    dask_cluster, notebook_functions, tmp_path
+    dask_cluster, in_time, notebook_functions, tmp_path
 ):
-    nb = notebook_functions("partitioning")
-    register_pickle_by_value(nb)
+    nb = as_in_a_kernel(notebook_functions("partitioning"))
     paths = [tmp_path / f"{i}.jpg" for i in range(7)]
     for i, path in enumerate(paths):
         t.picture(i % 6).save(path, quality=95)  # the last looks like the first
