@@ -40,6 +40,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+# Threads of two trainings that spin while they wait take the cores from each other: a spin less
+# long. OpenMP reads it when torch is loaded, so this file is imported before.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import joblib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -237,6 +241,11 @@ def list_images(folder: PathLike) -> list[Path]:
 
 def iterate_images(folder: PathLike) -> Iterator[Path]:
     """Yield what `list_images` returns, keeping the names of one folder at a time."""
+    return (Path(folder, name) for name in image_names(folder))
+
+
+def image_names(folder: PathLike) -> Iterator[str]:
+    """Yield the same as POSIX paths below `folder`: a million of them take a quarter the memory."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
@@ -244,19 +253,24 @@ def iterate_images(folder: PathLike) -> Iterator[Path]:
     unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
     root, seen = folder.resolve(), {folder.resolve()}
 
-    def walk(here: Path) -> Iterator[Path]:
-        for entry in sorted(os.scandir(here), key=lambda entry: os.path.normcase(entry.name)):
-            path, name = here / entry.name, entry.name.lower()
+    def walk(below: str) -> Iterator[str]:
+        entries = os.scandir(os.path.join(folder, below))
+        for entry in sorted(entries, key=lambda entry: os.path.normcase(entry.name)):
+            name = entry.name.lower()
             if entry.is_dir() and name[0] != "." and name not in unwanted:
-                real = path.resolve()  # a link within `folder`, or around it, shows nothing new
-                known = real.is_relative_to(root) or root.is_relative_to(real)
+                real = Path(entry.path).resolve()  # a link within `folder`, or around it, shows
+                known = real.is_relative_to(root) or root.is_relative_to(real)  # nothing new
                 if real not in seen and not (known and entry.is_symlink()):
                     seen.add(real)
-                    yield from walk(path)
-            elif name[0] != "." and path.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
-                yield path
+                    yield from walk(f"{below}{entry.name}/")
+            elif name[0] != "." and _suffix(name) in IMAGE_SUFFIXES and entry.is_file():
+                yield below + entry.name
 
-    yield from walk(folder)
+    yield from walk("")
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 # ---------------------------------------------------------------- labels
@@ -525,8 +539,7 @@ def to_targets(
 
 
 def _without_suffix(name: str) -> str:
-    path = Path(name)
-    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
+    return os.path.splitext(name)[0] if _suffix(name) in IMAGE_SUFFIXES else name
 
 
 def panorama_name(path: PathLike) -> str:
@@ -535,9 +548,9 @@ def panorama_name(path: PathLike) -> str:
 
 
 def panorama_groups(paths: pd.Series) -> pd.Series:
-    """Return the panorama of each path, also where class folders lie between its two halves."""
-    panorama = paths.map(lambda p: Path(panorama_name(p)).as_posix())
-    file = paths.map(lambda p: _without_suffix(p.name))
+    """Return the panorama of each POSIX path, also where class folders part its two halves."""
+    panorama = paths.map(panorama_name)
+    file = paths.map(lambda path: _without_suffix(path.rpartition("/")[2]))
     name = file.map(panorama_name)
     # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
     alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
@@ -804,7 +817,8 @@ def make_transforms(
     if not 0 <= random_erasing <= 1:
         raise ValueError(f"random_erasing={random_erasing}: expected a probability from 0 to 1.")
     config = model.data_config
-    size, mode = config["input_size"][1:], v2.InterpolationMode(config["interpolation"])
+    size = config["input_size"] if train else config.get("test_input_size", config["input_size"])
+    size, mode = size[1:], v2.InterpolationMode(config["interpolation"])
     steps: list[nn.Module] = [v2.ToImage(), v2.Resize(size, mode)]
     if train:
         steps[1:] = [RandomHorizontalRoll(view)] if view == "panorama" else []
@@ -1239,7 +1253,7 @@ class MLDecoder(nn.Module):
         return maps.repeat_interleave(self.labels_per_group, 1)[:, : self.num_labels]
 
 
-# A head of your own is a class like CSRA, with `forward`, `attention` and `bias`, and a name here.
+# A head of your own: a class with forward, attention, bias and frozen_rate (see CSRA), and a name.
 HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
 
 
@@ -1796,6 +1810,7 @@ PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size"
 PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
 PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
 PRETRAINED_RECIPE |= {"batch_norm": "frozen", "start": "probe", "flip_test": True}
+PRETRAINED_RECIPE |= {"test_scale": 1.29}  # crops show things larger: arXiv 1906.06423
 PRETRAINED_RECIPE |= {"precision": "measure"}
 PRETRAINED_RECIPE |= {"patience": 40}  # to the end: the best epochs are the last, at a low rate
 SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16}
@@ -1860,6 +1875,7 @@ class TrainConfig:
     batch_norm: str = _option("trained", "its statistics: trained or frozen", ("trained", "frozen"))
     grad_checkpointing: bool = _option(False, "half the memory for a third more time")
     min_crop: float = _option(0.8, "the least share of a photo that a crop keeps", _SHARE)
+    test_scale: float = _option(1.0, "size in use: × img_width, if the model allows", _ABOVE_0)
     rand_augment: str | None = _option(None, "e.g. rand-m6-n2, in place of colour jitter")
     drop_rate: float = _option(0.0, "dropout before the head", _BELOW_1)
     flip_test: bool = _option(False, "answer for a photo and its mirror image together")
@@ -1950,6 +1966,10 @@ def build_run(
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     options |= {"head": head or config.head, "pretrained": config.pretrained, "head_bias": rates}
     model = build_model(config.model_name, len(labels), img_size=config.img_size, **options)
+    timms = getattr(getattr(model, "backbone", model), "pretrained_cfg", {})
+    if config.test_scale != 1 and not timms.get("fixed_input_size", True):
+        larger = (max(round(side * config.test_scale / 32), 1) * 32 for side in config.img_size)
+        model.data_config["test_input_size"] = [3, *larger]  # timm's own name for it
     about = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
     tables = parts | {"plain": parts["train"]}
     sets = {name: DataPartition(table, *about) for name, table in tables.items()}
@@ -2088,6 +2108,8 @@ class Trainer:
 
     def _measured(self, config: TrainConfig, model: nn.Module, photos: Dataset) -> TrainConfig:
         """Put the fastest precision and layout into `config`; a resumed run keeps what it had."""
+        if not hasattr(model, "data_config"):  # a head alone: too small to be worth it
+            return replace(config, precision="auto")
         names, last = ("precision", "channels_last"), self.run_dir / "last" / "trainer.json"
         saved = _read_state(self.run_dir / "config.json") if last.is_file() else {}
         if all(saved.get(k) == v for k, v in asdict(config).items() if k not in {*names, *_FREE}):
@@ -2714,6 +2736,7 @@ class Classifier:
         self.device = _fastest_device()
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
+        self.img_size = _needed_size(self.transform)  # height, width of what it looks at
 
     def save(self, run_dir: PathLike, metrics: dict[str, float] | None = None) -> Path:
         """Write model.safetensors and best_classifier.json; of several processes in one only."""
@@ -2771,7 +2794,8 @@ class Classifier:
         try:
             kwargs |= content["head_kwargs"] | content["model_kwargs"]
             model = build_model(content["model_name"], pretrained=False, **kwargs)
-            model.data_config |= {k: content[k] for k in ("mean", "std", "interpolation")}
+            own = {"mean", "std", "interpolation", "test_input_size"} & content.keys()
+            model.data_config |= {key: content[key] for key in own}
             classifier = cls(model, *(content[option.name] for option in fields(cls)[1:]))
         except Exception as error:  # a stranger's values may fail anywhere inside timm
             raise ValueError(f"{path}: no model can be made of it ({error}).") from None
@@ -3090,6 +3114,7 @@ def _check_description(content: dict) -> None:
     finite = all(type(v) in (int, float) and np.isfinite(v) for v in numbers)
     rgb = len(content["mean"]) == len(content["std"]) == 3
     sizes = [v for k, v in content["head_kwargs"].items() if k not in ("lam", "dropout")]
+    sides = content.get("test_input_size", [3, *content["img_size"]])
     reaching = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
     reaching |= {"name", "pretrained", "num_labels", "head", "img_size", "features_only"}
     reaching &= content["model_kwargs"].keys() | content["head_kwargs"].keys()
@@ -3100,6 +3125,9 @@ def _check_description(content: dict) -> None:
         "labels should be different texts": len(texts) == len(labels),
         "thresholds, mean and std should be numbers": finite,
         "mean and std should be three, std above 0": rgb and finite and min(content["std"]) > 0,
+        "test_input_size should be [3, height, width], at most 8192 px": isinstance(sides, list)
+        and len(sides) == 3
+        and all(type(v) is int and 0 < v <= 8192 for v in sides),
         "head_kwargs should be whole numbers from 1 to 16384": all(
             v is None or type(v) is int and 0 < v <= 16_384 for v in sizes
         ),
@@ -3124,9 +3152,8 @@ def show_images(
 
     `bar` names a colour bar of heat maps, see `overlay_heat_map`.
     """
-    paths = [isinstance(image, PathLike) for image in images]
-    pictures = [open_image(i, (384, 384)) if is_path else i for i, is_path in zip(images, paths)]
-    pictures = [np.asarray(picture) for picture in pictures]
+    small = (384, 384)  # pixels: paths are decoded no larger than a grid can show
+    pictures = [np.asarray(open_image(i, small) if isinstance(i, PathLike) else i) for i in images]
     given = [str(title).encode(errors="backslashreplace") for title in titles or [""] * len(images)]
     lines = [title.decode().splitlines() for title in given]  # Matplotlib draws no lone surrogates
     texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in found) for found in lines]

@@ -1,10 +1,12 @@
 """Measure the speed figures of the README, each beside its alternative in one run.
 
-    python tests/benchmark.py
+    python tests/benchmark.py           all of them
+    python tests/benchmark.py loader    those with the word in their name
 
 Prints a Markdown table. Ratios carry over to other machines better than the times do.
 """
 
+import contextlib
 import os
 import statistics
 import sys
@@ -20,14 +22,15 @@ from cloudpickle import register_pickle_by_value
 from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from joblib import Parallel, delayed
 from PIL import Image
+from torchvision.io import decode_jpeg, read_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import load_notebook_functions  # noqa: E402
-
 import data_utils  # noqa: E402
 from demo_360 import draw_panorama, plan_survey  # noqa: E402
+
+from conftest import load_notebook_functions  # noqa: E402
 
 ROWS: list[tuple[str, str, str, str]] = []
 
@@ -83,6 +86,71 @@ def measure_decoding(folder: Path) -> None:
     report("the same from `cache_dir`", seconds(lambda: cached[0], 30), full, "full decoding")
 
 
+def decoders(path: Path, least: int) -> dict[str, Callable]:
+    """Return ways to decode a JPEG to at least `least` pixels a side, as an array (H, W, 3)."""
+    found = {
+        "Pillow, whole": lambda: np.asarray(Image.open(path).convert("RGB")),
+        "Pillow, scaled (here)": lambda: np.asarray(data_utils.open_image(path, (least, least))),
+        "torchvision.io.decode_jpeg": lambda: decode_jpeg(read_file(str(path))).numpy(),
+    }
+    with contextlib.suppress(ImportError):
+        import simplejpeg  # extra: may be left out
+
+        options = {"min_height": least, "min_width": least, "min_factor": 1}
+        data = path.read_bytes()
+        found["simplejpeg, scaled"] = lambda: simplejpeg.decode_jpeg(data, **options)
+        fast = options | {"fastdct": True, "fastupsample": True}
+        found["simplejpeg, scaled, fast"] = lambda: simplejpeg.decode_jpeg(data, **fast)
+    return found
+
+
+def measure_decoders(folder: Path) -> None:
+    """Compare the decoders on a camera's half for 384 px, with how far their pictures are off."""
+    [panorama] = write_photos(folder, 2976, 1)
+    Image.open(panorama).crop((0, 0, 2976, 2976)).save(folder / "half.jpg", quality=90)
+    shrunk, exact = {}, None
+    for name, decode in decoders(folder / "half.jpg", 430).items():
+        taken, pixels = seconds(decode, 7), decode()
+        pixels = pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels
+        small = np.asarray(Image.fromarray(pixels).resize((384, 384)), np.int16)
+        exact = small if exact is None else exact
+        shrunk[name] = taken
+        off = f"{np.abs(small - exact).mean():.2f} of 255 off"
+        ROWS.append(
+            (f"decoding 2976 × 2976 px for 384 px, {name}", f"{1e3 * taken:.1f} ms", off,
+             f"{shrunk['Pillow, whole'] / taken:.1f} ×")
+        )  # fmt: skip
+
+
+def measure_loader(folder: Path, n: int = 24) -> None:
+    """Count the photos per second of the loader alone, by workers, without and with the cache."""
+    paths = write_photos(folder, 2976, n // 2)
+    halves = []
+    for path in paths:
+        for left in (0, 2976):
+            halves.append(folder / f"{path.stem}_{left}.jpg")
+            Image.open(path).crop((left, 0, left + 2976, 2976)).save(halves[-1], quality=90)
+    model = data_utils.build_model("resnet10t", 1, pretrained=False, img_size=384)
+    df = pd.DataFrame({"image_path": [*map(str, halves)] * 4, "a": 1.0})
+    rates = {}
+    for cache in (None, folder / "loader_cache"):
+        data = data_utils.DataPartition(df, ["a"], data_utils.make_transforms(model, True), cache)
+        for i in range(n if cache else 0):
+            data[i]
+        for workers in (0, 1, 2):
+            loader = data_utils.make_loader(data, 16, True, workers)
+            start = time.perf_counter()
+            for _ in loader:
+                pass
+            rates[bool(cache), workers] = len(data) / (time.perf_counter() - start)
+    for (cached, workers), rate in rates.items():
+        name = (
+            f"the loader alone, {workers} workers, {'from `cache_dir`' if cached else 'decoding'}"
+        )
+        gain = rate / rates[False, 0]
+        ROWS.append((name, f"{rate:.0f} photos/s", "0 workers, decoding", f"{gain:.1f} ×"))
+
+
 def measure_split(folder: Path) -> None:
     """Compare the split into halves with a plain crop and save in one process."""
     panoramas = folder / "panoramas"
@@ -111,7 +179,7 @@ def measure_split(folder: Path) -> None:
 def measure_prediction(folder: Path) -> None:
     """Compare `predict_to` on a folder of photos with one photo at a time, decoded in full."""
     (folder / "halves").mkdir()
-    for i, path in enumerate(sorted((folder / "panoramas").glob("*.jpg")) * 12):
+    for i, path in enumerate(write_photos(folder, 2976, 8) * 12):
         image = Image.open(path).crop((2976 * (i % 2), 0, 2976 * (i % 2 + 1), 2976))
         image.save(folder / "halves" / f"{i}.jpg", quality=90)
     model = data_utils.build_model("tf_efficientnet_lite0", 6, pretrained=False, img_size=224)
@@ -134,7 +202,7 @@ def measure_prediction(folder: Path) -> None:
         report(what, taken, alone, "one at a time, full decoding")
 
 
-def measure_partition() -> None:
+def measure_partition(_: Path) -> None:
     """Time the split and compare how far label rates are from equal."""
     split = load_notebook_functions("partitioning").group_stratified_split
     for n_groups in (200, 2000, 10_000):
@@ -160,7 +228,7 @@ def measure_partition() -> None:
         )  # fmt: skip
 
 
-def measure_channels_last() -> None:
+def measure_channels_last(_: Path) -> None:
     """Compare the memory layouts on a training step of EfficientNet-Lite0."""
     images, times = torch.randn(16, 3, 224, 224), {}
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -176,7 +244,7 @@ def measure_channels_last() -> None:
     )
 
 
-def measure_mldecoder() -> None:
+def measure_mldecoder(_: Path) -> None:
     """Compare 100 queries with full decoding, a query a label, at 1 000 labels: the head alone."""
     features, times = torch.randn(8, 2048, 7, 7), []
     for groups in (100, 1000):
@@ -190,15 +258,18 @@ def measure_mldecoder() -> None:
     report("ML-Decoder head a photo, 1 000 labels, 100 queries", *times, "1 000 queries")
 
 
+MEASUREMENTS = (measure_decoding, measure_decoders, measure_loader, measure_split)
+MEASUREMENTS += (measure_prediction,)
+MEASUREMENTS += (measure_partition, measure_channels_last, measure_mldecoder)
+
+
 def main() -> None:
+    """Run all measurements, or those whose names contain the word that is given."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        measure_decoding(Path(folder))
-        measure_split(Path(folder))
-        measure_prediction(Path(folder))
-    measure_partition()
-    measure_channels_last()
-    measure_mldecoder()
+    for measure in MEASUREMENTS:
+        if all(word in measure.__name__ for word in sys.argv[1:]):
+            with tempfile.TemporaryDirectory() as folder:
+                measure(Path(folder))
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| what | here | alternative | gain |\n|---|---|---|---|")
     for row in ROWS:

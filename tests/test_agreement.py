@@ -1,11 +1,11 @@
 """Agreement of several annotators (labelbox.ipynb), and what becomes of their disagreement."""
 
+from data_utils import read_labelbox, to_targets
+
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import data_row, labelled, radio
-
-from data_utils import read_labelbox, to_targets
 
 NAN = float("nan")
 SURE, LIKELY, MAYBE = "1 - Definitely", "2 - Likely", "3 - Maybe"

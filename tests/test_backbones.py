@@ -2,6 +2,8 @@
 
 import re
 
+import data_utils as du
+
 import nbformat
 import numpy as np
 import pandas as pd
@@ -11,9 +13,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import data_utils as du
-
 TEXT = "\n".join(cell.source for cell in nbformat.read(ROOT / "training.ipynb", 4).cells)
+LARGE = ("vit_large", "vit_so400m", "eva02_large")  # built with 6 of their blocks, which are alike
 NAMED = re.findall(r"`([\w.]+)` \((\d+)[;)]", TEXT.partition("| machine |")[2].partition("\n\n")[0])
 
 
@@ -35,7 +36,9 @@ def test_named_network_is_probed_and_fine_tuned_at_its_size(name, width, tmp_pat
         own = table.assign(group_id=part + table["group_id"])  # no group in two parts
         du.write_partition(own, tmp_path / f"{part}_partition.csv")
     data = {"partition_dir": str(tmp_path), "model_name": name, "img_width": int(width)}
-    config = du.TrainConfig.recipe(True, 2, epochs=1, batch_size=2, ema_decay=None, **data)
+    data["model_kwargs"] = {"depth": 6} if name.startswith(LARGE) else {}
+    short = {"epochs": 1, "batch_size": 2, "precision": "auto"}
+    config = du.TrainConfig.recipe(True, 2, **short, **data)
     config.pretrained, config.ema_decay = False, None  # random weights; a copy less in memory
     model, sets = du.build_run(config, names=("train", "val"))
     assert timm.get_pretrained_cfg(name).input_size == (3, int(width), int(width))

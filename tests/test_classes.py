@@ -3,15 +3,19 @@
 import copy
 import pickle
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import data_row, labelled, load_notebook_functions, radio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.io import savemat
 from sklearn.metrics import average_precision_score
 from test_single_label import CLASSES, ColorNet, cross_entropy, draw, to_unit
 from torch.nn import functional as F
-
-import data_utils as du
 
 NAN = float("nan")
 ONE_HOT = np.eye(3)[[0, 2, 1, 0]]
@@ -80,8 +84,8 @@ def test_classes_beside_labels_and_unknown_names_are_refused(tmp_path):
 
 
 def write_parts(folder, **names):
-    for part, given in names.items():
-        own = table_of(given, folder / part)
+    for part, own in names.items():
+        own = table_of(own, folder / part)
         du.write_partition(own, folder / f"{part}_partition.csv", ["sea", "bog"])
 
 
@@ -259,3 +263,120 @@ def test_finished_run_of_classes_is_a_softmax_classifier(tmp_path):
     assert {"top-1", "mAP"} <= set(classifier.description["validation"])
     table, probs = du.compare_classifiers(classifier, classifier, sets["test"], config)
     assert table["difference"].eq(0).all() and probs.shape == (6, 3)
+
+
+# ---------------------------------------------------------------- partitioning
+
+
+partitioning = load_notebook_functions("partitioning")
+
+
+def photos(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_class_column_of_a_csv_takes_numbers_as_names_and_empty_cells_as_unknown(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("sample,site,label\na.jpg,x,10\nb.jpg,y,\nc.jpg,y, 9 \nd.jpg,x,sea  dry\n")
+    table = partitioning.read_class_column(path, "label", ["site"])
+    assert table["class"].fillna("").tolist() == ["10", "", "9", "sea dry"]
+    assert table.attrs["classes"] == ["10", "9", "sea dry"]
+    assert table["site"].tolist() == ["x", "y", "y", "x"]
+    with pytest.raises(ValueError, match="no column kind; its columns are sample, site, label"):
+        partitioning.read_class_column(path, "kind")
+    path.write_text("sample,label\na.jpg,1\na.jpg,2\n")
+    with pytest.raises(ValueError, match="file name twice, .*line 3: 'a.jpg'"):
+        partitioning.read_class_column(path, "label")
+
+
+def test_radio_question_is_a_class_by_majority_and_a_tie_is_unknown(write_ndjson, capsys):
+    people = [f"{name}@example.invalid" for name in "abc"]
+    said = {"a.jpg": ["Bog", "Fen", "Bog"], "b.jpg": ["Fen", "Bog"], "c.jpg": ["Fen"], "d.jpg": []}
+    rows = [
+        data_row(image, *(labelled(radio("Kind", a), by=p) for a, p in zip(options, people)))
+        for image, options in said.items()
+    ]
+    answers = du.read_labelbox(write_ndjson(*rows))
+    table = partitioning.answered_class(answers, "Kind")
+    assert table["class"].fillna("").tolist() == ["Bog", "", "Fen", ""]
+    assert table.attrs["classes"] == ["Bog", "Fen"]
+    assert "2 images got several answers, 1 of them a tie" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no radio question 'Sort'; there are Kind"):
+        partitioning.answered_class(answers, "Sort")
+
+
+@pytest.mark.parametrize("kind", ["csv", "kit"])
+def test_flat_val_of_imagenet_gets_its_classes_from_the_ground_truth(tmp_path, kind):
+    photos(tmp_path, "train/n02/n02_1.JPEG", "train/n01/n01_7.JPEG")
+    photos(tmp_path, *(f"val/ILSVRC2012_val_0000000{i}.JPEG" for i in (1, 2)))
+    truth = tmp_path / "LOC_val_solution.csv"
+    if kind == "csv":
+        lines = ["ImageId,PredictionString", "ILSVRC2012_val_00000002,n01 1 2 3 4 n01 5 6 7 8 "]
+        truth.write_text("\n".join([*lines, "ILSVRC2012_val_00000001,n02 1 2 3 4\n"]))
+    else:  # the numbers of the kit are not the order of the folders
+        truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+        truth.write_text("7\n3\n")
+        synsets = np.array([(3, "n01"), (7, "n02")], [("ILSVRC2012_ID", "f8"), ("WNID", "O")])
+        savemat(tmp_path / "meta.mat", {"synsets": synsets})
+    table = partitioning.read_class_folders(tmp_path).set_index("image")["class"]
+    assert table.to_dict() == {
+        "train/n01/n01_7.JPEG": "n01",
+        "train/n02/n02_1.JPEG": "n02",
+        "val/ILSVRC2012_val_00000001.JPEG": "n02",
+        "val/ILSVRC2012_val_00000002.JPEG": "n01",
+    }
+    photos(tmp_path, "val/ILSVRC2012_val_00000003.JPEG")
+    wrong = "no class of ILSVRC2012_val_00000003" if kind == "csv" else "2 classes and 3 photos"
+    with pytest.raises(ValueError, match=f"{truth.name}: {wrong}"):
+        partitioning.read_class_folders(tmp_path)
+
+
+def test_classes_are_split_alike_with_groups_whole_and_every_class_in_every_part():
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(400), rng.integers(1, 5, 400))
+    own = rng.integers(0, 7, 400)[group]
+    number = np.where(rng.random(len(group)) < 0.1, rng.integers(0, 7, len(group)), own)
+    df = pd.DataFrame({"group_id": group.astype(str), "class": np.array(list("abcdefg"))[number]})
+    parts = partitioning.group_stratified_split(df, list("abcdefg"))
+    found = partitioning.label_distribution(parts, list("abcdefg"))
+    assert found["deviation"].abs().max() < 1
+    assert found.groupby("part")["present"].sum().sum() == len(df)
+    assert pd.concat([p["group_id"].drop_duplicates() for p in parts.values()]).is_unique
+    same = partitioning.group_stratified_split(df, list("abcdefg"))
+    assert all(parts[name].equals(same[name]) for name in parts)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 6))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_every_class_trains_and_three_groups_of_it_reach_every_part(seed, n_classes, most):
+    rng = np.random.default_rng(seed)
+    n_groups = rng.integers(1, most + 1, n_classes)
+    number = np.repeat(np.arange(n_classes), n_groups)
+    group = np.repeat(rng.permutation(len(number)), 2)
+    part = partitioning.deal_classes(np.repeat(number, 2), group, np.array([0.7, 0.15, 0.15]), seed)
+    reached = pd.Series(part[group]).groupby(np.repeat(number, 2)).agg(set)
+    for own, n in zip(reached, n_groups):
+        assert 0 in own
+        assert n < 3 or own == {0, 1, 2}
+
+
+def test_counts_of_classes_are_those_of_their_columns():
+    names = pd.Series(["a", "b", None, "a", "b", "b"])
+    df = pd.DataFrame({"class": names})
+    part = pd.Series(["train", "train", "train", "test", "test", "test"])
+    wide = partitioning.label_cells(df, ["a", "b", "c"])
+    found = partitioning.label_counts(part, df, ["a", "b", "c"])
+    columns = ["present", "absent"]
+    expected = partitioning.label_counts(part, wide, ["a", "b", "c"])[columns]
+    pd.testing.assert_frame_equal(found[columns], expected, check_dtype=False)
+
+
+def test_halves_of_two_classes_are_refused():
+    table = pd.DataFrame({"image": ["x_left.jpg", "x_right.jpg", "y_left.jpg"]})
+    table["class"] = ["a", None, "b"]
+    assert partitioning.combine_classes(table)["class"].tolist() == ["a", "b"]
+    table["class"] = ["a", "b", "b"]
+    with pytest.raises(ValueError, match="x: halves of one panorama are of two classes"):
+        partitioning.combine_classes(table)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data_utils as du
+
 import nbformat
 import numpy as np
 import pandas as pd
@@ -19,8 +21,6 @@ import timm
 import torch
 from PIL import Image
 from run_notebooks import ROOT
-
-import data_utils as du
 
 LABELS = ["tree", "grass", "open water"]
 THRESHOLDS = [0.5, 0.45, 0.55]

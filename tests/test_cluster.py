@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from types import FunctionType
 
+import data_utils as du
+
 import joblib
 import nbformat
 import numpy as np
@@ -23,8 +25,6 @@ from nbconvert import ScriptExporter
 from PIL import Image
 from run_notebooks import ROOT
 from test_imagesplit import scene, write_panorama
-
-import data_utils as du
 
 # ---------------------------------------------------------------- dask
 
@@ -86,7 +86,8 @@ def test_killed_dask_worker_is_replaced_and_no_panorama_is_lost_or_done_twice(
     with joblib.parallel_config(backend="dask"):  # as in the notebook:
         jobs = [split(path, *folders) for path in paths]
         done = list(joblib.Parallel(-1, return_as="generator")(jobs))
-    assert [status for status, _ in done] == ["written"] * 8
+    assert len(done) == 8
+    assert {status for status, _ in done} <= {"written", "kept"}  # kept: done, but not yet told
     expected = {f"{i}_{side}.jpg" for i in range(8) for side in ("left", "right")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     tried = [line.split() for line in log.read_text().splitlines()]

@@ -4,6 +4,8 @@ import os
 import pickle
 import random
 
+import data_utils as du
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -14,8 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision.transforms import v2
-
-import data_utils as du
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (30, 200, 30), (30, 30, 220), (210, 210, 30)
 

@@ -6,15 +6,15 @@ import re
 import sys
 from datetime import datetime
 
+import demo_360
+from data_utils import panorama_name, read_labelbox, to_targets
+from demo_360 import LABELS, draw_panorama, make_demo, plan_survey
+
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import load_notebook_functions
 from PIL import ExifTags, Image
-
-import demo_360
-from data_utils import panorama_name, read_labelbox, to_targets
-from demo_360 import LABELS, draw_panorama, make_demo, plan_survey
 
 N_PANORAMAS = 24  # 48 halves are enough for every odd case of the export
 

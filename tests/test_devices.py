@@ -6,13 +6,13 @@ tensors of two devices raises, as it would on a real one.
 
 import copy
 
+import data_utils as du
+
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-import data_utils as du
 
 SWIN = {"patch_size": 8, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}
 BACKBONES = {

@@ -7,13 +7,13 @@ import os
 import shutil
 import time
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
 import test_training as t
 from test_training import sets, tables, trainer  # noqa: F401 - fixtures
-
-import data_utils as du
 
 resource = pytest.importorskip("resource", reason="limits of a process: not on Windows")
 

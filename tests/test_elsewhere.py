@@ -1,10 +1,14 @@
 """A classifier outside of its notebook: maps, a viewer, ONNX, the hub, timm's own loader."""
 
+import html
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+
+import data_utils as du
+import demo_360
 
 import huggingface_hub
 import numpy as np
@@ -13,9 +17,6 @@ import pytest
 import timm
 import torch
 from PIL import ExifTags, Image
-
-import data_utils as du
-import demo_360
 
 LABELS = ["tree", "<b>`grass`</b>: 1", "</script>"]
 SWIN = {"window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
@@ -152,8 +153,7 @@ def test_page_needs_no_other_file_and_counts_photos_without_a_place(nb, tmp_path
     assert not re.search(r"<(script|img)[^>]*\ssrc=[\"']?http|<link", page)
     assert "2 photos; 1 more have no place" in page
     start = page.rindex('<script type="application/json"')
-    data = json.loads(page[page.index(">", start) + 1 : page.index("</script>", start)])
-    text = json.dumps(data)
+    text = html.unescape(page[page.index(">", start) + 1 : page.index("</script>", start)])
     assert all(json.dumps(label) in text for label in LABELS)  # a layer per label
     assert text.count('"CDSView"') == 7  # dots of all; dots and arrows of each label
 

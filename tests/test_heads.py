@@ -8,15 +8,15 @@ import re
 import shutil
 from dataclasses import replace
 
+import data_utils as du
+import demo_360
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-
-import data_utils as du
-import demo_360
 
 TINY_SWIN = {"window_size": 4, "embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
 BACKBONES = {  # name, input size, timm arguments, grid of positions
@@ -437,6 +437,36 @@ def test_token_grid_is_found_behind_an_undeclared_class_token():
 def test_feature_map_of_one_position_is_refused():
     with pytest.raises(ValueError, match="form no map of two or more positions"):
         du.build_model("test_resnet", 2, "csra", pretrained=False, img_size=32)
+
+
+class MeanHead(nn.Module):
+    """A head of a user's own: a linear layer on the mean position."""
+
+    frozen_rate = 1e-2
+
+    def __init__(self, num_features, num_labels, scale=1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((num_labels, num_features), scale / 9))
+        self.bias = nn.Parameter(torch.zeros(num_labels))
+
+    def forward(self, features):
+        return features.mean((2, 3)) @ self.weight.T + self.bias
+
+    def attention(self, features):
+        return torch.einsum("bchw,lc->blhw", features, self.weight).flatten(2)
+
+
+def test_head_of_a_users_own_is_one_class_and_one_name(monkeypatch, tmp_path):
+    monkeypatch.setitem(du.HEADS, "mean", MeanHead)
+    options = {"pretrained": False, "img_size": 64, "head_bias": [-1.0, 0.0, 1.0], "scale": 2}
+    model = du.build_model("test_resnet", 3, "mean", **options).eval()
+    assert model.head.bias.tolist() == [-1, 0, 1]
+    assert model.spec["head_kwargs"] == {"scale": 2}
+    images = torch.ones(1, 3, 64, 64)
+    logits, maps = model(images), du._label_maps(model, images, 1)
+    assert maps.mean().item() == pytest.approx(logits[0, 1].item(), abs=1e-5)
+    path = du.Classifier(model, ["a", "b", "c"], [0.5] * 3).save(tmp_path)
+    torch.testing.assert_close(du.Classifier.load(path).model(images), logits)
 
 
 def test_building_a_head_leaves_a_backbone_that_can_be_trained():

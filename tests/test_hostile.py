@@ -5,14 +5,14 @@ import json
 import shutil
 from dataclasses import asdict
 
+import data_utils as du
+
 import pytest
 import test_classifier as t
 import test_training
 from conftest import checklist, data_row, labelled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-import data_utils as du
 
 JUNK = [None, True, -1, 0, 10**30, 1e300, float("nan"), "", "../a", "a\0b", "x" * 3000, [], {}]
 JUNK += [[[]], {"a": 1}, ["a", None], "torch.nn.Linear", "/etc/passwd", "\ud800"]

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data_utils import open_image
+from demo_360 import draw_panorama, plan_survey
+
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageDraw, ImageOps, JpegImagePlugin, TiffImagePlugin
-
-from data_utils import open_image
-from demo_360 import draw_panorama, plan_survey
 
 BASE, GPS, IFD = ExifTags.Base, ExifTags.GPS, ExifTags.IFD
 TABLES = {  # a coarse and a fine table, unlike any that a quality setting gives

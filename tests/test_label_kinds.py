@@ -2,12 +2,12 @@
 
 import json
 
+from data_utils import read_labelbox, to_targets
+
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import checklist, data_row, labelled, load_notebook_functions, radio
-
-from data_utils import read_labelbox, to_targets
 
 partitioning = load_notebook_functions("partitioning")
 read_csv_labels = partitioning.read_csv_labels

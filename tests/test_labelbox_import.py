@@ -5,12 +5,12 @@ import re
 import uuid
 from pathlib import Path
 
+from data_utils import read_labelbox
+
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import checklist, data_row, labelled, load_notebook_functions, radio, text
-
-from data_utils import read_labelbox
 
 write_labelbox = load_notebook_functions("labelbox").write_labelbox
 NAN = float("nan")

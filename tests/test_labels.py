@@ -6,14 +6,6 @@ import json
 import string
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import pytest
-from conftest import checklist, data_row, labelled, load_notebook_functions, radio, text
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image
-
 from data_utils import (
     combine_halves,
     list_images,
@@ -23,9 +15,16 @@ from data_utils import (
     write_partition,
 )
 
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import checklist, data_row, labelled, load_notebook_functions, radio, text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
 partitioning = load_notebook_functions("partitioning")
 attach_images = partitioning.attach_images
-read_class_folders = partitioning.read_class_folders
 read_csv_labels = partitioning.read_csv_labels
 NAN = float("nan")
 SURE, LIKELY, MAYBE = "1 - Definitely", "2 - Likely", "3 - Maybe"
@@ -35,6 +34,15 @@ QUIET = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+def read_class_folders(*paths):
+    """Return the classes as one 0/1 column each, easy to compare."""
+    table = partitioning.read_class_folders(*paths)
+    assert list(table) == ["image", "class"]
+    for name in table.attrs["classes"]:
+        table[name] = (table["class"] == name).astype(float)
+    return table.drop(columns="class")
 
 
 def values(targets: pd.DataFrame, label: str) -> list[float]:

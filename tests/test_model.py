@@ -5,13 +5,13 @@ import os
 import pickle
 import re
 
+import data_utils as du
+
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
-
-import data_utils as du
 
 TINY_SWIN = {"window_size": 4, "embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
 SWIN = "swinv2_tiny_window8_256"

@@ -1,17 +1,18 @@
 """Hygiene of the notebooks as committed; what they compute, nbval compares."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from inspect import getsource
 
+import data_utils
+
 import nbformat
 import pytest
 from conftest import NOTEBOOKS, ROOT
 from tqdm.notebook import tqdm_notebook
-
-import data_utils
 
 PRESENT = [name for name in NOTEBOOKS if (ROOT / f"{name}.ipynb").exists()]
 
@@ -149,6 +150,26 @@ def test_readme_runs_all_and_links_every_notebook_in_order_with_its_picture():
     pictures = {*re.findall(r"docs/\w+\.jpg", readme)}
     assert {picture for picture in pictures if not (ROOT / picture).exists()} == set()
     assert len(readme.split()) <= 1200
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_threads_spin_for_a_short_time_unless_told_otherwise(given, monkeypatch):
+    """OpenMP reads the variable when torch is loaded: data_utils has to set it before."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if given:
+        monkeypatch.setenv("GOMP_SPINCOUNT", given)
+    source = (ROOT / "data_utils.py").read_text(encoding="utf-8")
+    beginning, _, rest = source.partition("\nimport joblib\n")
+    exec(beginning, {})
+    assert os.environ["GOMP_SPINCOUNT"] == (given or "3000")
+    assert "\nimport torch\n" in rest
+
+
+def test_notebooks_import_data_utils_before_torch(notebook):
+    code = "\n".join(cell.source for cell in code_cells(notebook))
+    places = [code.find(name) for name in ("import data_utils", "from data_utils", "import torch")]
+    *ours, torch = (place if place >= 0 else len(code) for place in places)
+    assert min(ours) <= torch
 
 
 def test_bars_of_tested_notebooks_move_seldom():

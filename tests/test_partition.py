@@ -3,6 +3,8 @@
 import itertools
 import warnings
 
+from data_utils import load_parts, write_partition
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,8 +12,6 @@ from conftest import load_notebook_functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-
-from data_utils import load_parts, write_partition
 
 notebook = load_notebook_functions("partitioning")
 find_near_duplicates = notebook.find_near_duplicates

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,8 +16,6 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-
-import data_utils as du
 
 SWIN_V2 = ("swinv2_tiny_window8_256", {"window_size": 4, "embed_dim": 12, "depths": (2, 2)})
 SWIN_V2[1]["num_heads"] = (2, 2)

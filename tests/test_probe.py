@@ -4,6 +4,8 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import data_utils as du
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,8 +15,6 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
-
-import data_utils as du
 
 NAN = float("nan")
 TINY_SWIN = {"window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}
@@ -416,6 +416,40 @@ def test_file_without_the_option_does_not_flip(survey, tmp_path):
     del content["flip"]
     path.write_text(json.dumps(content))
     assert du.Classifier.load(path).flip is False
+
+
+# ---------------------------------------------------------------- larger photos in use
+
+
+def test_larger_photos_are_for_validation_and_use_only(survey, tmp_path):
+    """1.29 × 64 px is 83, of which 96 is the nearest multiple of 32."""
+    config = settings(survey, model_name="resnet10t", model_kwargs={}, img_width=64)
+    model, sets = du.build_run(dataclasses.replace(config, test_scale=1.29))
+    shapes = {name: tuple(part[0][0].shape) for name, part in sets.items()}
+    assert shapes.pop("train") == (3, 64, 64)
+    assert set(shapes.values()) == {(3, 96, 96)}
+    classifier = du.Classifier(model, ["red", "green"], [0.5, 0.5])
+    loaded = du.Classifier.load(classifier.save(tmp_path / "run"))
+    photo = sets["test"].paths[0]
+    assert loaded.explain(photo, "red").shape == (96, 96)
+    assert loaded.predict(photo).equals(classifier.predict(photo))
+    at_64 = du.Classifier(du.build_run(config)[0], ["red", "green"], [0.5, 0.5])
+    assert at_64.explain(photo, "red").shape == (64, 64)
+
+
+@pytest.mark.parametrize("value", ["large", [3, 96], [3, 96, 0], [3, 96.5, 96], [3, 96, 9000]])
+def test_size_in_use_of_a_stranger_is_checked(survey, tmp_path, value):
+    model, _ = du.build_run(settings(survey))
+    path = du.Classifier(model, ["red", "green"], [0.5, 0.5]).save(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test_input_size": value}))
+    with pytest.raises(ValueError, match="test_input_size should be"):
+        du.Classifier.load(path)
+
+
+def test_model_of_one_size_stays_at_it(survey):
+    swin = {"model_name": "swinv2_tiny_window8_256", "model_kwargs": TINY_SWIN}
+    model, sets = du.build_run(settings(survey, **swin, test_scale=1.29))
+    assert sets["val"][0][0].shape == sets["train"][0][0].shape
 
 
 # ---------------------------------------------------------------- thresholds that travel

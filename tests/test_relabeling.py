@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data_utils as du
+
 import matplotlib.pyplot
 import nbformat
 import numpy as np
@@ -15,8 +17,6 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-
-import data_utils as du
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")

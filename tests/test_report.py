@@ -5,12 +5,12 @@ import io
 import re
 from dataclasses import asdict
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-
-import data_utils as du
 
 LABELS = ["tree", "<b>grass</b>", "never"]
 SWIN = {"window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}

@@ -1,13 +1,5 @@
 """Scores against numbers worked out by hand and scikit-learn; thresholds against brute force."""
 
-import numpy as np
-import pandas as pd
-import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from sklearn import metrics
-
 from data_utils import (
     _average_precision,
     compare_scores,
@@ -17,6 +9,14 @@ from data_utils import (
     summarize_scores,
     to_panorama_level,
 )
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn import metrics
 
 NAN = float("nan")
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True)

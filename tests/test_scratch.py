@@ -1,13 +1,13 @@
 """What scratch.ipynb defines: two networks, the learning-rate finder, a submission."""
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torchvision
 from torch import nn
-
-import data_utils as du
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import math
 import pickle
 import random
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,8 +16,6 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-
-import data_utils as du
 
 NAN = float("nan")
 CLASSES = ["red", "green", "blue"]

@@ -10,6 +10,8 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,8 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_notebooks import ROOT
 from test_classifier import classifier  # noqa: F401 - a fixture
-
-import data_utils as du
 
 SIZES = {"batch_size": 2, "chunk": 3}
 

@@ -12,6 +12,8 @@ import time
 import weakref
 from pathlib import Path
 
+import data_utils as du
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,8 +23,6 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from torch import nn
 from torchvision.transforms import v2
-
-import data_utils as du
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")
@@ -489,30 +489,43 @@ def test_settings_are_saved_beside_the_results(sets, tmp_path):
     assert du.TrainConfig(**saved) == config(epochs=1, learning_rate=0.003, loss="bce")
 
 
+def measurable():
+    model = ChannelNet()
+    model.data_config = {}  # as build_model gives it
+    return model
+
+
 def test_measured_choice_is_the_fastest_and_a_resumed_run_keeps_it(sets, tmp_path, monkeypatch):
     def measured(*fastest):
         monkeypatch.setattr(du, "time_steps", lambda *_: {fastest: 0.1, ("no", False): 0.2})
 
     measured("bf16", True)
-    run = trainer(sets, tmp_path, epochs=2, precision="measure")
+    run = trainer(sets, tmp_path, measurable(), epochs=2, precision="measure")
     assert (run.accelerator.mixed_precision, run.layout) == ("bf16", torch.channels_last)
     run.fit(lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
     measured("no", False)  # the machine is busy with something else now
-    again = trainer(sets, tmp_path, epochs=2, precision="measure")
+    again = trainer(sets, tmp_path, measurable(), epochs=2, precision="measure")
     assert (again.config.precision, again.config.channels_last) == ("bf16", True)
     assert len(again.resume()) == 2
-    other = trainer(sets, tmp_path, epochs=2, precision="measure", seed=1)  # another run
+    other = trainer(
+        sets, tmp_path, measurable(), epochs=2, precision="measure", seed=1
+    )  # another run
     assert (other.config.precision, other.config.channels_last) == ("no", False)
 
 
 def test_measuring_leaves_the_model_as_it_was(sets, tmp_path, capsys):
-    model, ruled = ChannelNet(), ChannelNet()
+    model, ruled = measurable(), measurable()
     ruled.load_state_dict(model.state_dict())
     run = trainer(sets, tmp_path, model, precision="measure")
     assert run.config.precision in ("no", "bf16")
     assert "photos/s measured, the first is taken" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ruled.parameters()))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_head_alone_is_not_measured(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(du, "time_steps", lambda *_: 1 / 0)
+    assert trainer(sets, tmp_path, precision="measure").config.precision == "auto"
 
 
 def test_every_precision_and_layout_is_timed():

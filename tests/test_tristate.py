@@ -2,6 +2,8 @@
 
 import math
 
+import data_utils as du
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,8 +11,6 @@ import pytest
 import torch
 from conftest import data_row, labelled, load_notebook_functions, radio
 from PIL import Image
-
-import data_utils as du
 
 partitioning = load_notebook_functions("partitioning")
 NAN = float("nan")
@@ -74,7 +74,8 @@ def test_empty_list_in_a_csv_is_no_list_of_absent_labels(tmp_path):
 def test_class_folders_say_nothing_about_a_half_that_is_in_none(tmp_path):
     put_images(tmp_path, "fen/A_left.jpg", "sea/B_left.jpg", "sea/B_right.jpg", "fen/C_left.jpg")
     targets = partitioning.read_class_folders(tmp_path)
-    targets["image"] = targets["image"].str.split("/").str[1]
+    cells = pd.get_dummies(targets["class"], dtype=float)
+    targets = cells.assign(image=targets["image"].str.split("/").str[1])
     whole = du.combine_halves(targets).set_index("image")
     # fen: A 1, C 1, B 0 by both halves. sea: B 1, A and C by one half only, so unknown
     assert whole["fen"].mean() == pytest.approx(2 / 3)

@@ -9,6 +9,8 @@ import sys
 import time
 import warnings
 
+import data_utils as du
+
 import numpy as np
 import optuna
 import pandas as pd
@@ -17,8 +19,6 @@ import torch
 from conftest import ROOT
 from optuna.trial import TrialState
 from PIL import Image
-
-import data_utils as du
 
 SPACE = {
     "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
