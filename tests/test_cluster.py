@@ -106,14 +106,16 @@ def test_hashes_features_and_cached_photos_are_the_same_from_dask(
     model = t.tiny_model()
     table = pd.DataFrame({"image_path": map(str, paths), "tree": 1.0})
     part = du.DataPartition(table, ["tree"], du.make_transforms(model, train=False))
-    here = nb.find_near_duplicates(paths), du.extract_features(model, part)
+    pieces = [part.rows(slice(i, i + 3)) for i in (0, 3, 6)]  # bf16: as many at once as there
+    expected = torch.cat([du.extract_features(model, piece) for piece in pieces])
+    here = nb.find_near_duplicates(paths)
     part.cache_dir = tmp_path / "cache"
     with joblib.parallel_config(backend="dask"):
         pairs = nb.find_near_duplicates(paths)
         features = du.extract_features(model, part, n_jobs=-1, chunk=3)
-    pd.testing.assert_frame_equal(pairs, here[0])
+    pd.testing.assert_frame_equal(pairs, here)
     assert pairs[["first", "second"]].to_numpy().tolist() == [[0, 6]]
-    torch.testing.assert_close(features, here[1])
+    torch.testing.assert_close(features, expected, atol=0.02, rtol=0.02)
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 7
 
 
