@@ -1810,7 +1810,6 @@ PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size"
 PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
 PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
 PRETRAINED_RECIPE |= {"batch_norm": "frozen", "start": "probe", "flip_test": True}
-PRETRAINED_RECIPE |= {"test_scale": 1.29}  # crops show things larger: arXiv 1906.06423
 PRETRAINED_RECIPE |= {"precision": "measure"}
 PRETRAINED_RECIPE |= {"patience": 40}  # to the end: the best epochs are the last, at a low rate
 SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16}
@@ -1875,7 +1874,7 @@ class TrainConfig:
     batch_norm: str = _option("trained", "its statistics: trained or frozen", ("trained", "frozen"))
     grad_checkpointing: bool = _option(False, "half the memory for a third more time")
     min_crop: float = _option(0.8, "the least share of a photo that a crop keeps", _SHARE)
-    test_scale: float = _option(1.0, "size in use: × img_width, if the model allows", _ABOVE_0)
+    test_scale: float = _option(1.0, "size in use: × img_width (arXiv 1906.06423)", _ABOVE_0)
     rand_augment: str | None = _option(None, "e.g. rand-m6-n2, in place of colour jitter")
     drop_rate: float = _option(0.0, "dropout before the head", _BELOW_1)
     flip_test: bool = _option(False, "answer for a photo and its mirror image together")

@@ -7,8 +7,10 @@ Prints a Markdown table. Ratios carry over to other machines better than the tim
 """
 
 import contextlib
+import itertools
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -258,9 +260,54 @@ def measure_mldecoder(_: Path) -> None:
     report("ML-Decoder head a photo, 1 000 labels, 100 queries", *times, "1 000 queries")
 
 
+STEPS = """
+import sys, time, timm, torch
+options = {"window_size": 4, "embed_dim": 32, "depths": (1, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
+model = timm.create_model("swinv2_tiny_window8_256", img_size=128, **options)
+images = torch.rand(16, 3, 128, 128)
+for seconds in map(float, sys.stdin):
+    end, steps = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(images).float().square().mean()
+        loss.backward()
+        steps += 1
+    print(steps / seconds, flush=True)
+"""
+
+
+def measure_threads(_: Path, rounds: int = 5) -> None:
+    """Count the steps of the demo's network, alone and two at a time, by how long threads spin."""
+    clean = {k: v for k, v in os.environ.items() if k[:4] not in ("OMP_", "GOMP")}
+    spins = {"as is": {}, "3000 (here)": {"GOMP_SPINCOUNT": "3000"}}
+    spins["passive"] = {"OMP_WAIT_POLICY": "passive"}
+    pipes, rates = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}, {}
+    with contextlib.ExitStack() as stack:
+        start = [sys.executable, "-c", STEPS]
+        runs = {
+            name: [
+                stack.enter_context(subprocess.Popen(start, env=clean | own, **pipes)) for _ in "ab"
+            ]
+            for name, own in spins.items()
+        }
+        for name, n, seconds in [(name, 2, 1) for name in runs] + rounds * [
+            (name, n, 3) for name in runs for n in (1, 2)
+        ]:
+            for run in runs[name][:n]:
+                print(seconds, file=run.stdin, flush=True)
+            found = [float(run.stdout.readline()) for run in runs[name][:n]]
+            rates.setdefault((name, n), []).append(statistics.mean(found))
+        for run in itertools.chain(*runs.values()):
+            run.stdin.close()
+    for (name, n), found in rates.items():
+        rate, usual = statistics.median(found), statistics.median(rates["as is", n])
+        what = f"training steps of the demo, {n} at a time, threads spin {name}"
+        ROWS.append((what, f"{rate:.1f} per s each", "as is", f"{rate / usual:.2f} ×"))
+
+
 MEASUREMENTS = (measure_decoding, measure_decoders, measure_loader, measure_split)
 MEASUREMENTS += (measure_prediction,)
-MEASUREMENTS += (measure_partition, measure_channels_last, measure_mldecoder)
+MEASUREMENTS += (measure_partition, measure_channels_last, measure_mldecoder, measure_threads)
 
 
 def main() -> None:
