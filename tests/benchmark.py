@@ -178,6 +178,32 @@ def measure_split(folder: Path) -> None:
     report("a 5952 × 2976 panorama to halves, all cores", *times, "one process, quality 75")
 
 
+def measure_prediction(folder: Path) -> None:
+    """Compare `predict_to` on a folder of photos with one photo at a time, decoded in full."""
+    (folder / "halves").mkdir()
+    for i, path in enumerate(write_photos(folder, 2976, 8) * 12):
+        image = Image.open(path).crop((2976 * (i % 2), 0, 2976 * (i % 2 + 1), 2976))
+        image.save(folder / "halves" / f"{i}.jpg", quality=90)
+    model = data_utils.build_model("tf_efficientnet_lite0", 6, pretrained=False, img_size=224)
+    used = data_utils.Classifier(model, list("abcdef"), [0.5] * 6)
+    paths, found = data_utils.list_images(folder / "halves"), []
+
+    def one_at_a_time() -> None:
+        for path in paths[:24]:
+            image = used.transform(Image.open(path).convert("RGB"))[None].to(used.device)
+            with torch.inference_mode():
+                used.model(image).sigmoid().cpu()
+
+    def streamed(**options: int) -> None:
+        found.append(used.predict_to(paths, folder / "predictions.csv", **options)["waited"])
+
+    alone = seconds(one_at_a_time, 3) / 24
+    for name, options in {"threads": {}, "2 workers": {"num_workers": 2}}.items():
+        taken = seconds(lambda options=options: streamed(**options), 3) / len(paths)
+        what = f"classifying a 2976 × 2976 JPEG at 224 px, {name}, waiting {found[-1]:.0%}"
+        report(what, taken, alone, "one at a time, full decoding")
+
+
 def measure_partition(_: Path) -> None:
     """Time the split and compare how far label rates are from equal."""
     split = load_notebook_functions("partitioning").group_stratified_split
@@ -280,6 +306,7 @@ def measure_threads(_: Path, rounds: int = 5) -> None:
 
 
 MEASUREMENTS = (measure_decoding, measure_decoders, measure_loader, measure_split)
+MEASUREMENTS += (measure_prediction,)
 MEASUREMENTS += (measure_partition, measure_channels_last, measure_mldecoder, measure_threads)
 
 

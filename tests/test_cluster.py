@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import data_utils as du
 
@@ -38,6 +39,29 @@ def dask_cluster():
         yield client
 
 
+@pytest.fixture
+def in_time():
+    """Fail instead of waiting for ever for workers that do not come."""
+
+    def stop(*_):
+        raise TimeoutError("the cluster has not answered in five minutes")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def as_in_a_kernel(module):
+    """Functions of a notebook live in __main__: dask sends them whole, not by their names."""
+    register_pickle_by_value(module)
+    for function in vars(module).values():
+        if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+            function.__module__ = "__main__"
+    return module
+
+
 def split_or_die(split, log, path, *folders):
     """Split a panorama; the process that first meets number 5 is killed."""
     with open(log, "a") as file:
@@ -50,10 +74,9 @@ def split_or_die(split, log, path, *folders):
 
 
 def test_killed_dask_worker_is_replaced_and_no_panorama_is_lost_or_done_twice(
-    dask_cluster, notebook_functions, tmp_path
+    dask_cluster, in_time, notebook_functions, tmp_path
 ):
-    nb = notebook_functions("imagesplit")
-    register_pickle_by_value(nb)  # the workers have no notebook
+    nb = as_in_a_kernel(notebook_functions("imagesplit"))
     for i in range(8):
         write_panorama(tmp_path / "in" / f"{i}.jpg", scene(128, 64))
     paths, folders = sorted((tmp_path / "in").glob("*.jpg")), (tmp_path / "in", tmp_path / "out")
@@ -63,7 +86,8 @@ def test_killed_dask_worker_is_replaced_and_no_panorama_is_lost_or_done_twice(
     with joblib.parallel_config(backend="dask"):  # as in the notebook:
         jobs = [split(path, *folders) for path in paths]
         done = list(joblib.Parallel(-1, return_as="generator")(jobs))
-    assert [status for status, _ in done] == ["written"] * 8
+    assert len(done) == 8
+    assert {status for status, _ in done} <= {"written", "kept"}  # kept: done, but not yet told
     expected = {f"{i}_{side}.jpg" for i in range(8) for side in ("left", "right")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     tried = [line.split() for line in log.read_text().splitlines()]
@@ -73,24 +97,25 @@ def test_killed_dask_worker_is_replaced_and_no_panorama_is_lost_or_done_twice(
 
 
 def test_hashes_features_and_cached_photos_are_the_same_from_dask(
-    dask_cluster, notebook_functions, tmp_path
+    dask_cluster, in_time, notebook_functions, tmp_path
 ):
-    nb = notebook_functions("partitioning")
-    register_pickle_by_value(nb)
+    nb = as_in_a_kernel(notebook_functions("partitioning"))
     paths = [tmp_path / f"{i}.jpg" for i in range(7)]
     for i, path in enumerate(paths):
         t.picture(i % 6).save(path, quality=95)  # the last looks like the first
     model = t.tiny_model()
     table = pd.DataFrame({"image_path": map(str, paths), "tree": 1.0})
     part = du.DataPartition(table, ["tree"], du.make_transforms(model, train=False))
-    here = nb.find_near_duplicates(paths), du.extract_features(model, part)
+    pieces = [part.rows(slice(i, i + 3)) for i in (0, 3, 6)]  # bf16: as many at once as there
+    expected = torch.cat([du.extract_features(model, piece) for piece in pieces])
+    here = nb.find_near_duplicates(paths)
     part.cache_dir = tmp_path / "cache"
     with joblib.parallel_config(backend="dask"):
         pairs = nb.find_near_duplicates(paths)
         features = du.extract_features(model, part, n_jobs=-1, chunk=3)
-    pd.testing.assert_frame_equal(pairs, here[0])
+    pd.testing.assert_frame_equal(pairs, here)
     assert pairs[["first", "second"]].to_numpy().tolist() == [[0, 6]]
-    torch.testing.assert_close(features, here[1])
+    torch.testing.assert_close(features, expected, atol=0.02, rtol=0.02)
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 7
 
 
@@ -171,6 +196,8 @@ def test_training_and_classifier_run_as_scripts_on_two_machines(tmp_path):
 ON_CPUS = os.environ | {"ACCELERATE_USE_CPU": "true", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 ON_CPUS |= {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
 NO_CUDA_BEFORE = """
+import sys
+
 import torch
 
 import accelerate
@@ -184,7 +211,7 @@ def refuse(*_):
 
 def launch(train, num_processes):
     torch.cuda.is_available, torch.cuda._lazy_init = used
-    real(train, num_processes=2, use_port="0")
+    real(train, num_processes=2, use_port=sys.argv[1])
 
 
 accelerate.notebook_launcher = launch
@@ -197,7 +224,7 @@ def launch_from_notebook(folder):
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
     cell = re.search(r"```python\n(from accelerate import notebook_launcher.*?)```", page, re.S)[1]
     cell = cell.replace("epochs=40", "epochs=1")
-    command = [sys.executable, "-c", NO_CUDA_BEFORE + cell]
+    command = [sys.executable, "-c", NO_CUDA_BEFORE + cell, str(free_port())]
     done = subprocess.run(command, cwd=folder, env=ON_CPUS, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     assert json.loads((folder / "runs/eight/last/trainer.json").read_text())["processes"] == 2
