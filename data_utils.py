@@ -87,10 +87,11 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 NOT_LABELS = ("image_path", "group_id")
 CLASS = "class"  # the one column of classes that exclude each other; "classes.txt" has their order
 VIEWS = ("half", "panorama")
+COMBINE = ("max", "noisy-or", "mean")  # of what both halves say
 PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
 PRECISIONS = ("auto", "no", "bf16", "fp16", "measure")
-FORMAT_VERSION = 3  # 1 knew no "activation", 2 had its weights in a pickle
+FORMAT_VERSION = 4  # 1 knew no "activation", 2 had weights in a pickle, 3 was not calibrated
 WEIGHTS = "model.safetensors"
 PathLike = str | os.PathLike
 Array = np.ndarray
@@ -1569,18 +1570,35 @@ PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 
 def _fit_logistic(x, y, strength, exclusive, num_labels):
     """Return weights (C + 1, L), the optimum of sklearn's LogisticRegression(C=strength)."""
-    weights = torch.zeros(x.shape[1] + 1, num_labels, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def penalised(weights):
+        loss = _log_loss(x @ weights[:-1] + weights[-1], y, exclusive)
+        return (loss + weights[:-1].square().sum() / (2 * strength)) / len(x)
+
+    return _minimize(penalised, x.new_zeros(x.shape[1] + 1, num_labels))
+
+
+def _minimize(convex, weights, **options):
+    """Return the weights at which a convex function of them is lowest."""
+    options = {"max_iter": 200, "line_search_fn": "strong_wolfe"} | options
+    optimizer = torch.optim.LBFGS([weights.requires_grad_()], **options)
 
     def closure():
         optimizer.zero_grad()
-        loss = _log_loss(x @ weights[:-1] + weights[-1], y, exclusive)
-        loss = (loss + weights[:-1].square().sum() / (2 * strength)) / len(x)
+        loss = convex(weights)
         loss.backward()
         return loss
 
     optimizer.step(closure)
     return weights.detach()
+
+
+def _folds(groups):
+    """Return rows to learn from and rows of other groups to judge by, five times if it can be."""
+    if (n_folds := min(5, len(set(groups)))) < 2:
+        return []
+    splitter = GroupKFold(n_folds, shuffle=True, random_state=42)
+    return list(splitter.split(groups, groups=groups))
 
 
 def _log_loss(logits, y, exclusive):
@@ -1613,10 +1631,8 @@ def fit_probe(
     y = torch.as_tensor(np.asarray(targets), dtype=torch.int64 if by_number else torch.float32)
     about = exclusive, num_classes if by_number else y.shape[1]
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    x, losses, folds = (features - mean) / std, [], []  # no folds: the strongest penalty
-    if len(strengths) > 1 and (n_folds := min(5, len(set(groups)))) > 1:
-        splitter = GroupKFold(n_folds, shuffle=True, random_state=42)
-        folds = list(splitter.split(x, groups=groups))
+    # without folds the strongest penalty
+    x, losses, folds = (features - mean) / std, [], _folds(groups) if len(strengths) > 1 else []
     for strength in strengths:
         total = 0.0
         for train, held_out in folds:
@@ -1791,10 +1807,12 @@ def _check_exclusive(part: DataPartition, name: str) -> None:
         raise ValueError(f"loss='ce': {problem}; use 'bce' where several labels may be present.")
 
 
-def _logits_of(model: nn.Module, images: torch.Tensor, flip: bool) -> torch.Tensor:
-    """Return logits, with `flip` the mean of those of the images and of their mirror images."""
-    logits = model(images)
-    return (logits + model(images.flip(-1))) / 2 if flip else logits
+def _logits_of(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 1) -> torch.Tensor:
+    """Return the mean logits of images in `rolls` even turns, with `flip` each mirrored as well."""
+    width = images.shape[-1]
+    views = [images, *(images.roll(turn * width // rolls, -1) for turn in range(1, rolls))]
+    views += [view.flip(-1) for view in views if flip]
+    return sum(model(view) for view in views) / len(views)
 
 
 def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
@@ -2665,16 +2683,130 @@ def find_optimal_thresholds(
     return table.assign(positives=positives, source=source)
 
 
+CALIBRATION_SPREADS = (0.0, 0.5)
+
+
+def _logits(probs: Array, exclusive: bool) -> torch.Tensor:
+    """Return logits (`exclusive`: logs) in double precision; 0 and 1 stay finite and apart."""
+    probs = torch.as_tensor(np.clip(np.asarray(probs, float), 1e-38, 1 - 1e-8))
+    return probs.log() if exclusive else probs.logit()
+
+
+def calibrate(probs: Array, calibration: Array | None, exclusive: bool = False) -> Array:
+    """Return probabilities (..., L) from logits that are scaled and shifted by (2, L).
+
+    The order of the photos within a label, and so its AP, stays as it is.
+    """
+    if calibration is None:
+        return np.asarray(probs)
+    slope, shift = np.asarray(calibration, float)
+    logits = _logits(probs, exclusive) * torch.tensor(slope) + torch.tensor(shift)
+    return (logits.softmax(-1) if exclusive else logits.sigmoid()).numpy()
+
+
+def _fit_slopes(z, y, spread, exclusive):
+    """Return slopes and shifts (2, L) at which z, scaled and shifted, has the lowest log loss.
+
+    They are 1 and 0 plus a change that all labels share and one of each label's own, both from
+    normal distributions; `spread` is the standard deviation of the latter.
+    """
+    scale = z.new_tensor([[3.0] + [spread] * z.shape[1]])  # 3: hardly held back
+    same = z.new_tensor([[1.0], [0.0]])
+
+    def lines(weights):
+        both = scale * weights
+        return same + both[:, :1] + both[:, 1:]
+
+    def penalised(weights):
+        slope, shift = lines(weights)
+        loss = _log_loss(z * slope + shift, y, exclusive)
+        return (loss + weights.square().sum() / 2) / len(z)
+
+    start = z.new_zeros(2, 1 + z.shape[1])
+    found = lines(_minimize(penalised, start, max_iter=30, tolerance_change=1e-6))
+    found[0].clamp_(min=0.05)  # a label that cannot be told is not turned round
+    return found
+
+
+def fit_calibration(
+    probs: Array, targets: Array, groups: Groups = None, exclusive: bool = False
+) -> Array | None:
+    """Return slopes and shifts (2, L) for `calibrate`, fitted on validation.
+
+    Platt scaling in which labels with few positives lean on the others. How much, `groups` (N,)
+    left out in turn decide by their log loss; None if that is not lowered by more than its
+    standard error. `exclusive` classes share a slope, 1 / temperature (arXiv 1706.04599).
+    """
+    z, y = _logits(_as_scored(targets, probs)[1], exclusive), torch.as_tensor(np.asarray(targets))
+    if not exclusive:
+        y = torch.where(y.isnan(), y, (y >= 0.5).double())
+    folds = _folds(np.arange(len(z)) if groups is None else np.asarray(groups))
+    losses = {None: [_log_loss(z[out], y[out], exclusive).item() for _, out in folds]}
+    for spread in CALIBRATION_SPREADS[: 1 if exclusive else None]:
+        fits = [(_fit_slopes(z[rows], y[rows], spread, exclusive), out) for rows, out in folds]
+        losses[spread] = [
+            _log_loss(z[out] * a + b, y[out], exclusive).item() for (a, b), out in fits
+        ]
+    spread = min(losses, key=lambda name: sum(losses[name]))
+    gain = np.subtract(losses[None], losses[spread])
+    if spread is None or gain.mean() <= gain.std(ddof=1) / len(gain) ** 0.5:
+        return None
+    return _fit_slopes(z, y, spread, exclusive).numpy()
+
+
+def find_bands(
+    probs: Array, targets: Array, precision: float = 0.95, min_positives: int = 10
+) -> Array:
+    """Return (2, L): absent is said below the first, present from the second probability on.
+
+    Of what is said either way, at least that share is right on validation; labels with (or
+    without) fewer than `min_positives` take the bounds of all labels together. Below 0 or
+    above 1: never said.
+    """
+    targets, probs = _as_scored(targets, probs)
+    bounds = []
+    for p, y in ((1 - probs, 1 - targets), (probs, targets)):
+        cuts, reached = _best_cuts(y, p, 1.0, precision)
+        cuts = np.where(reached < 0, 1.01, cuts)
+        bounds.append(np.where((y >= 0.5).sum(0) < min_positives, cuts[-1], cuts[:-1]))
+    low, high = 1 - bounds[0], bounds[1]
+    return np.where(low > high, (low + high) / 2, [low, high])  # between them either is sure
+
+
+def _choose_rules(
+    probs: Array, targets: Array, labels: list[str], groups: Groups, exclusive: bool = False
+) -> dict[str, Any]:
+    """Return what turns probabilities on validation into answers, calibration first."""
+    calibration = fit_calibration(probs, targets, groups, exclusive)
+    probs = calibrate(probs, calibration, exclusive)
+    if exclusive:  # the one class that is said is right, or nothing is said
+        targets, probs = _as_scored(targets, probs)
+        judged = ~np.isnan(targets).any(1)
+        right = (targets.argmax(1) == probs.argmax(1))[judged, None].astype(float)
+        high = find_bands(probs.max(1)[judged, None], right)[1]
+        return {"calibration": calibration, "bands": np.outer([0, 1], high.repeat(len(labels)))}
+    found = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
+    bands = find_bands(probs, targets)
+    return {"calibration": calibration, "thresholds": found["threshold"], "bands": bands}
+
+
+def _combine(probs: Array, panorama: Sequence, combine: str) -> Array:
+    """Return a probability (P, L) of the views (N, L); "noisy-or": as if they were independent."""
+    _check_choice("combine", combine, COMBINE)
+    if combine == "noisy-or":
+        return 1 - (1 - pd.DataFrame(probs)).groupby(panorama, sort=False).prod().to_numpy()
+    return pd.DataFrame(probs).groupby(panorama, sort=False).agg(combine).to_numpy()
+
+
 def to_panorama_level(
-    df: pd.DataFrame, label_columns: Sequence[str], probs: Array
+    df: pd.DataFrame, label_columns: Sequence[str], probs: Array, combine: str = "max"
 ) -> tuple[Array, Array]:
-    """Return the targets of `combine_halves` and the higher probability of both halves, (P, L)."""
+    """Return the targets of `combine_halves` and one probability of both halves, (P, L)."""
     images, labels = df["image_path"].rename("image"), list(label_columns)
     targets = combine_halves(pd.concat([images, df[labels]], axis=1))
     panorama = images.map(panorama_name).to_numpy()
     _, probs = _as_scored(df[labels], probs)
-    highest = pd.DataFrame(probs).groupby(panorama, sort=False).max()
-    return targets[labels].to_numpy(float), highest.to_numpy()
+    return targets[labels].to_numpy(float), _combine(probs, panorama, combine)
 
 
 # ---------------------------------------------------------------- classifier
@@ -2717,6 +2849,13 @@ class Classifier:
     panorama_thresholds: Sequence[float] | None = None  # of panoramas that a half model answers
     activation: str = "sigmoid"  # "softmax": the most probable class is present, no thresholds
     flip: bool = False  # answer with the mean over a photo and its mirror image, in twice the time
+    rolls: int = 1  # and over so many turns of the whole sphere, in as many times the time
+    combine: str = "max"  # how halves answer for their panorama, see COMBINE; softmax: "mean"
+    calibration: Any = None  # (2, L), see `calibrate`; None: probabilities as they are
+    panorama_calibration: Any = None
+    bands: Any = None  # (2, L), see `find_bands`
+    panorama_bands: Any = None
+    usual: dict[str, list[float]] | None = None  # features of known photos, see `remember`
 
     def __post_init__(self) -> None:
         _check_choice("view", self.view, VIEWS)
@@ -2729,6 +2868,7 @@ class Classifier:
         if counts != ([n, 0, 0] if self.exclusive else [n, n, n]):
             found = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
             raise ValueError(f"{found} ({self.activation}) and {n} logits do not match.")
+        self._check_rules()
         columns = ["image", "part", *self.labels, *(f"{name}_prob" for name in self.labels)]
         if twice := [name for name in self.labels if columns.count(name) > 1]:
             raise ValueError(f"labels {_some(twice)}: names of columns of the table; rename them.")
@@ -2737,13 +2877,35 @@ class Classifier:
         self.transform = make_transforms(model, train=False)
         self.img_size = _needed_size(self.transform)  # height, width of what it looks at
 
+    def _check_rules(self) -> None:
+        """Make arrays of calibrations and bands, (2, L), and of what is usual."""
+        _check_choice("combine", self.combine, COMBINE)
+        self.combine = "mean" if self.exclusive else self.combine
+        if self.rolls not in range(1, 2 if self.view == "half" else 65):
+            raise ValueError("rolls (1 to 64) turn whole panoramas; a turned half has a seam.")
+        if self.panorama_bands is None:
+            self.panorama_bands = self.bands
+        shape = (2, len(self.labels))
+        for name in ("calibration", "panorama_calibration", "bands", "panorama_bands"):
+            if getattr(self, name) is not None:
+                setattr(self, name, rule := np.asarray(getattr(self, name), float))
+                wrong = rule.shape != shape or not np.isfinite(rule).all()
+                if wrong or name.endswith("calibration") and rule[0].min() <= 0:
+                    raise ValueError(f"{name}: expected {shape} numbers, slopes above 0.")
+        if self.usual is not None:
+            self.usual = {k: np.asarray(self.usual[k], float) for k in ("mean", "std", "distances")}
+
     def save(self, run_dir: PathLike, metrics: dict[str, float] | None = None) -> Path:
         """Write model.safetensors and best_classifier.json; of several processes in one only."""
         weights, path = Path(run_dir) / WEIGHTS, Path(run_dir) / "best_classifier.json"
         content = {"format_version": FORMAT_VERSION, **self.model.spec, **self.model.data_config}
         content |= {name: getattr(self, name) for name in ("labels", "view", "activation", "flip")}
-        for name in ("thresholds", "panorama_thresholds"):
-            content[name] = getattr(self, name).tolist()
+        content |= {"rolls": self.rolls, "combine": self.combine}
+        usual = self.usual or {}
+        content["usual"] = {name: value.tolist() for name, value in usual.items()} or None
+        for name in ("thresholds", "calibration", "bands"):
+            for key in (name, f"panorama_{name}"):
+                content[key] = None if (rule := getattr(self, key)) is None else rule.tolist()
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
         trained_in = _is_main() and (path.parent / ".lock").exists()  # by somebody who still may
         with _alone_in(path.parent, trained_in):
@@ -2756,28 +2918,36 @@ class Classifier:
     def from_validation(
         cls, model: nn.Module, part: DataPartition, probs: Array, view: str = "half", **options: Any
     ) -> "Classifier":
-        """Take the thresholds with the best F1 of `probs` (N, L) on validation."""
+        """Take from `probs` (N, L) on validation what turns probabilities into answers.
+
+        The calibration, the thresholds with the best F1 after it and the bands without an answer;
+        for panoramas of two halves again, after the combination with the highest mAP.
+        """
         labels, options = part.label_columns, {"view": view, **options}
         if part.exclusive:
             options.setdefault("activation", "softmax")
-        if options.get("activation", "sigmoid") != "sigmoid":
-            return cls(model, labels, **options)
-        find = functools.partial(find_optimal_thresholds, label_columns=labels, mode="shrunk")
-        own = find(probs, part.targets, groups=part.groups)["threshold"]
-        if view == "panorama":
-            return cls(model, labels, own, **options)
+        exclusive = options.get("activation", "sigmoid") != "sigmoid"
+        rules = _choose_rules(probs, part.targets, labels, part.groups, exclusive)
+        if exclusive or view == "panorama":
+            return cls(model, labels, **rules | options)
         df = pd.DataFrame(part.targets, columns=labels)
         df.insert(0, "image_path", [str(path) for path in part.paths])
-        targets, highest = to_panorama_level(df, labels, probs)
-        whole = find(highest, targets)["threshold"]
-        return cls(model, labels, own, panorama_thresholds=whole, **options)
+        groups = pd.Series(part.groups).groupby(df["image_path"].map(panorama_name), sort=False)
+        probs = calibrate(probs, rules["calibration"])
+        found = {how: to_panorama_level(df, labels, probs, how) for how in COMBINE}
+        combine = max(found, key=lambda how: mean_average_precision(*found[how]))
+        targets, joint = found[combine]
+        whole = _choose_rules(joint, targets, labels, groups.first().to_numpy())
+        rules |= {f"panorama_{name}": rule for name, rule in whole.items()} | {"combine": combine}
+        return cls(model, labels, **rules | options)
 
     @classmethod
     def load(cls, path: PathLike, labels: Sequence[str] | None = None) -> "Classifier":
         """Load a best_classifier.json with these labels (None: any); safe with strangers' files."""
         path = _need_file(path, "run training.ipynb to make it")
         try:
-            content = {"flip": False} | json.loads(path.read_text(encoding="utf-8"))
+            newer = {option.name: option.default for option in fields(cls)[6:]}
+            content = newer | json.loads(path.read_text(encoding="utf-8"))
             if content["format_version"] == 1:
                 content |= {"activation": "sigmoid"}
             _check_description(content)
@@ -2818,20 +2988,21 @@ class Classifier:
         unreadable: str = "raise",
         flip: bool | None = None,
         panorama: bool = False,
+        abstain: bool = False,
     ) -> pd.DataFrame:
         """Classify images as they are: one line each with a 0/1 decision and LABEL_prob per label.
 
         They are a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
         `unreadable="skip"` leaves files out, see `.attrs["unreadable"]` of the table; `flip` looks
-        at the mirror images, too, in twice the time (None: as it was saved).
+        at the mirror images, too, in twice the time (None: as it was saved). With `abstain`,
+        decisions that are not sure enough stay empty, see `find_bands`.
         """
         items = _as_items(images)
         with tqdm(total=len(items), desc="classifying", leave=False, delay=2) as bar:
-            return self._logits_of(items, bar, batch_size, num_workers, unreadable, flip, panorama)[
-                0
-            ]
+            options = batch_size, num_workers, unreadable, flip, panorama, abstain
+            return self._answer(items, bar, *options)[0]
 
-    def _logits_of(
+    def _answer(
         self,
         items,
         bar,
@@ -2840,8 +3011,11 @@ class Classifier:
         unreadable="raise",
         flip=None,
         panorama=False,
+        abstain=False,
     ):
         _check_choice("unreadable", unreadable, ("raise", "skip"))
+        if abstain and self.bands is None:
+            raise ValueError("abstain=True needs the bands that from_validation chooses.")
         flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
         views, busy = _Views(items, self.transform, panorama, halves), 0.0
         loader = make_loader(views, batch_size, num_workers=num_workers)
@@ -2853,13 +3027,15 @@ class Classifier:
                 if failed and unreadable == "raise":
                     raise OSError(failed[0][1])
                 start, good = time.perf_counter(), [not problem for problem in problems]
-                logits = _logits_of(self.model, batch.flatten(0, 1).to(self.device), flip)
+                logits = _logits_of(
+                    self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls
+                )
                 answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
                 busy += time.perf_counter() - start
                 probs.append(answers[good])
                 names += itertools.compress(found, good)
                 bar.update(len(found))
-        table = self._table(names, np.concatenate(probs), panorama)
+        table = self._table(names, np.concatenate(probs), panorama, abstain)
         table.attrs |= {"unreadable": [problem for _, problem in failed], "busy": busy}
         return table, failed
 
@@ -2902,16 +3078,18 @@ class Classifier:
             shown |= {} if main else {"disable": True}  # or TQDM_DISABLE
             with tqdm(**shown, unit=" photos") as bar:
                 for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
-                    found = self._logits_of(
-                        paths, bar, batch_size, num_workers, unreadable, **options
-                    )
+                    found = self._answer(paths, bar, batch_size, num_workers, unreadable, **options)
                     _write_chunk(parts, number, *found)
                     busy, n = busy + found[0].attrs["busy"], n + len(paths)
             state.wait_for_everyone()
             if main:
                 panorama = options.get("panorama", False)
                 views = 1 + (panorama and self.view == "half")
-                example = self._table(["a"], np.zeros((1, views, len(self.labels))), panorama)
+                zeros, abstain = (
+                    np.zeros((1, views, len(self.labels))),
+                    options.get("abstain", False),
+                )
+                example = self._table(["a"], zeros, panorama, abstain)
                 _join(parts, path, example)
             state.wait_for_everyone()
         if main:
@@ -2925,25 +3103,67 @@ class Classifier:
     ) -> pd.DataFrame:
         """Classify whole 2:1 panoramas, as `predict`, with a column part.
 
-        A model of halves answers for "left", "right" and "panorama": the higher probability of both
-        (softmax: the mean) against thresholds that were tuned for panoramas.
+        A model of halves answers for "left", "right" and "panorama": both probabilities combined
+        as was best on validation, against thresholds that were tuned for panoramas.
         """
         return self.predict(images, batch_size, *options, panorama=True, **named)
 
-    def _table(self, names: Sequence[str], probs: np.ndarray, panorama: bool) -> pd.DataFrame:
+    def calibrate(self, probs: Array) -> Array:
+        """Return what `predict` makes of the probabilities (..., L) of the model itself."""
+        return calibrate(probs, self.calibration, self.exclusive)
+
+    def _table(
+        self, names: Sequence[str], probs: Array, panorama: bool, abstain: bool
+    ) -> pd.DataFrame:
         """Return one line per image and view of `probs` (N, V, L), and one for both halves."""
-        parts, cuts = ["panorama"], self.thresholds
+        parts, levels, probs = ["panorama"], [""], self.calibrate(probs)
         if probs.shape[1] == 2:
-            parts, cuts = ["left", "right", "panorama"], [cuts, cuts, self.panorama_thresholds]
-            joint = probs.mean(1) if self.exclusive else probs.max(1)
+            parts, levels = ["left", "right", "panorama"], ["", "", "panorama_"]
+            photo = np.arange(len(names)).repeat(2)
+            joint = _combine(probs.reshape(len(photo), -1), photo, self.combine)
+            joint = calibrate(joint, self.panorama_calibration, self.exclusive)
             probs = np.concatenate([probs, joint[:, None]], axis=1)
         rows = probs.reshape(-1, len(self.labels))
+        cuts = [getattr(self, f"{level}thresholds") for level in levels]
+        if abstain:
+            low, cuts = np.stack([getattr(self, f"{level}bands") for level in levels], axis=1)
+            sure = probs.max(-1, keepdims=True) if self.exclusive else probs
+            unsure = ((sure >= low) & (sure < cuts)).reshape(rows.shape)
         present = _most_probable(rows) if self.exclusive else (probs >= cuts).reshape(rows.shape)
         table = pd.DataFrame(present.astype(int), columns=self.labels)
-        table.insert(0, "image", [name for name in names for _ in parts])
+        table = table.astype("Int64").mask(unsure) if abstain else table
+        lines = [name for name in names for _ in parts]
+        table.insert(0, "image", pd.Series(lines, dtype=object))  # pyarrow takes no odd file names
         if panorama:
             table.insert(1, "part", parts * len(names))
         return table.join(pd.DataFrame(rows, columns=[f"{name}_prob" for name in self.labels]))
+
+    def _features(self, images: Any, config: TrainConfig | None) -> Array:
+        """Return what the last layer sees of paths, (N, C)."""
+        paths, cache = pd.DataFrame({"image_path": _as_items(images)}), config and config.cache_dir
+        part, pooled = DataPartition(paths, [], self.transform, cache), self.model.spec["head"]
+        found = extract_features(self.model, part, config, pooled == "linear")
+        return (found if found.ndim == 2 else found.mean((2, 3))).double().numpy()
+
+    def _distance(self, features: Array) -> Array:
+        away = (features - self.usual["mean"]) / self.usual["std"]
+        return np.sqrt((away**2).mean(1))  # (N,), in standard deviations per channel
+
+    def remember(self, images: Any, config: TrainConfig | None = None) -> None:
+        """Keep what the photos (paths or a folder) that it learnt from are like, for `novelty`."""
+        found = self._features(images, config)
+        self.usual = {"mean": found.mean(0), "std": found.std(0) + 1e-6}
+        self.usual["distances"] = np.quantile(self._distance(found), np.linspace(0, 1, 101))
+
+    def novelty(self, images: Any, config: TrainConfig | None = None) -> Array:
+        """Return the share of remembered photos that lie nearer to their middle, (N,), 0 to 1.
+
+        From 0.99 on a photo is unlike what was trained on: do not trust its answers.
+        """
+        if self.usual is None:
+            raise ValueError("novelty needs remember(photos) of the training part first.")
+        found = self._distance(self._features(images, config))
+        return np.searchsorted(self.usual["distances"], found).clip(max=100) / 100
 
     def _fingerprint(self) -> str:
         """Return what changes with weights, labels, thresholds and whatever else decides."""
@@ -2964,7 +3184,7 @@ class Classifier:
         views = views.to(self.device)
         with torch.inference_mode():
             maps = _label_maps(self.model, views, index).cpu()
-            probs = _to_probs(self.model(views), self.exclusive)[:, index]
+            probs = self.calibrate(_to_probs(self.model(views), self.exclusive))[:, index]
         maps = F.interpolate(maps[:, None], views.shape[2:])[:, 0].numpy()
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
@@ -3101,8 +3321,14 @@ def _check_description(content: dict) -> None:
     version, newest = content["format_version"], FORMAT_VERSION
     if version not in range(1, newest + 1):
         raise ValueError(f"format_version {version}, expected 1 to {newest}.")
-    kinds = {str: "model_name head weights sha256 view activation interpolation", bool: "flip"}
-    kinds |= {list: "labels img_size thresholds panorama_thresholds mean std", int: "num_labels"}
+    kinds = {
+        str: "model_name head weights sha256 view activation interpolation combine",
+        bool: "flip",
+    }
+    kinds |= {
+        list: "labels img_size thresholds panorama_thresholds mean std",
+        int: "num_labels rolls",
+    }
     kinds |= {dict: "model_kwargs head_kwargs"}
     for kind, key in ((kind, key) for kind, keys in kinds.items() for key in keys.split()):
         if not isinstance(content.get(key), kind):
@@ -3236,14 +3462,15 @@ def plot_history(history: pd.DataFrame) -> plt.Figure:
 
 
 def finish_run(trainer: Trainer) -> Classifier:
-    """Choose thresholds on validation, save best_classifier.json, and load what was saved."""
+    """Choose rules on validation, save best_classifier.json, and load what was saved."""
     config, part = trainer.config, trainer.val_set
     probs = trainer.predict(part, flip=config.flip_test)
     options = {"view": config.view, "flip": config.flip_test}
     options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
     cuts = "argmax" if classifier.exclusive else classifier.thresholds
-    scores = summarize_scores(part.targets, probs, cuts, n_bootstrap=0)
+    scores = summarize_scores(part.targets, classifier.calibrate(probs), cuts, n_bootstrap=0)
+    classifier.remember(trainer.loader.dataset.paths, config)
     path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
     return Classifier.load(path, part.label_columns)
 

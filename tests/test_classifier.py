@@ -83,7 +83,7 @@ def test_loaded_classifier_predicts_bit_for_bit_the_same(classifier, saved, phot
 
 def test_description_holds_everything_it_takes_to_build_the_model_again(saved):
     content = json.loads(saved.read_text(encoding="utf-8"))
-    assert content["format_version"] == 3
+    assert content["format_version"] == 4
     assert content["weights"] == "model.safetensors"
     assert content["activation"] == "sigmoid"
     assert content["model_name"] == "swinv2_tiny_window8_256"
@@ -470,7 +470,7 @@ def test_file_of_version_2_with_its_pickled_weights_still_loads(saved, classifie
     loaded = du.Classifier.load(path)
     pd.testing.assert_frame_equal(loaded.predict(picture(1)), classifier.predict(picture(1)))
     again = loaded.save(tmp_path / "again")
-    assert json.loads(again.read_text())["format_version"] == 3
+    assert json.loads(again.read_text())["format_version"] == 4
 
 
 class Attack:
@@ -653,7 +653,7 @@ def test_missing_entry_is_named(saved, tmp_path, key):
     assert key in refused(tamper(saved, tmp_path, remove=[key]))
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 5, "1", None, [1]])
 def test_other_format_versions_are_refused_with_both_numbers(saved, tmp_path, version):
     message = refused(tamper(saved, tmp_path, format_version=version))
     assert f"format_version {version}" in message
