@@ -2770,7 +2770,7 @@ def find_bands(
         cuts = np.where(reached < 0, 1.01, cuts)
         bounds.append(np.where((y >= 0.5).sum(0) < min_positives, cuts[-1], cuts[:-1]))
     low, high = 1 - bounds[0], bounds[1]
-    return np.where(low > high, (low + high) / 2, [low, high])  # then no answer is left open
+    return np.where(low > high, (low + high) / 2, [low, high])  # between them either is sure
 
 
 def _choose_rules(
