@@ -536,6 +536,228 @@ def to_targets(
     return targets.rename_axis(index="image", columns=None).reset_index()
 
 
+# ---------------------------------------------------------------- labels of CSVs, class folders
+
+
+def _split_cell(cell: str, separator: str | None = None) -> list[str]:
+    """Return the labels of a cell: "a, b; c", or a list as pandas writes it ("['a', 'b']")."""
+    bare = re.fullmatch(r"(?:array\()?[\[({]([^][(){}]*)[])}]\)?", cell)
+    quoted = re.findall(r"""'([^']*)'|"([^"]*)\"""", bare[1]) if bare else []
+    if quoted:
+        return [plain_name("".join(pair)) for pair in quoted]
+    pattern = r"[,;|]" if separator is None else re.escape(separator)
+    return [plain_name(name) for name in re.split(pattern, bare[1] if bare else cell)]
+
+
+def _split_lists(cells: pd.Series, unlisted: str, separator: str | None = None) -> pd.DataFrame:
+    """Turn cells with lists into one 0/1 column per label, in order of appearance."""
+    listed = cells.map(lambda cell: [name for name in _split_cell(cell, separator) if name])
+    names = listed.explode().dropna().unique()
+    found = {name: [float(name in own) for own in listed] for name in names}
+    labels = pd.DataFrame(found, index=cells.index)
+    return labels.mask(cells == "") if unlisted == "unknown" else labels
+
+
+def _read_words(column: pd.Series) -> pd.Series:
+    """Turn a column of yes and no (in one way of writing) into one of 1 and 0."""
+    yes = column.str.fullmatch("true|yes|y|t|x|✓|✔|present|wahr|ja|vrai|oui", case=False)
+    no = column.str.fullmatch("false|no|n|f|absent|falsch|nein|faux|non", case=False)
+    ways = [column[found].str.casefold().nunique() for found in (yes, no)]
+    is_words = (yes | no | (column == "")).all() and max(ways) == 1
+    return column.mask(yes, "1").mask(no, "0") if is_words else column
+
+
+def _take_names(table: pd.DataFrame, path: str | os.PathLike) -> pd.Series:
+    """Return the first column as `image`; every file name must be there, and once."""
+    names = table.iloc[:, 0].rename("image")
+    for problem, what in [(names == "", "no file name"), (names.duplicated(), "file name twice")]:
+        if problem.any():
+            lines = _some([f"line {i + 2}: {names[i]!r}" for i in names.index[problem]])
+            raise ValueError(f"{path}: {what}, expected one row per image: {lines}.")
+    return names
+
+
+def _check_lists(cells: pd.Series, path: str | os.PathLike) -> None:
+    """Refuse what could be a list as well as one label: "haze primary", "1 2"."""
+    given = cells[cells != ""].drop_duplicates()
+    spaced = given[given.str.contains(r"\s")]
+    words = spaced.str.split().map(set).explode()
+    doubtful = words.duplicated().any() or spaced.str.fullmatch(r"[\d\s]+").any()
+    if doubtful and (given.map(_split_cell).map(len) == 1).all():
+        problem = f"is {spaced.iloc[0]!r} one label or several? Set LIST_SEPARATOR to ',' or ' '"
+        raise ValueError(f"{path}: {problem} (read_csv_labels: separator).")
+
+
+def read_csv_labels(
+    path: str | os.PathLike,
+    unlisted: str = "unknown",
+    keep: Sequence[str] = (),
+    separator: str | None = None,
+) -> pd.DataFrame:
+    """Read `image`, the columns to keep as text, and labels as 1, 0 or NaN (empty: not judged).
+
+    With a `separator` the one label column holds lists, whatever they look like.
+    """
+    _check_choice("unlisted", unlisted, ("unknown", "absent"))
+    table = read_table(path)
+    if table.shape[1] < 2:
+        raise ValueError(f"{path}: expected a file name column and at least one label column.")
+    if lost := set(keep) - set(table.columns):
+        raise ValueError(f"{path}: no column {_some(lost)} to keep.")
+    names, cells = _take_names(table, path), table.iloc[:, 1:].drop(columns=list(keep))
+    cells = cells if separator else cells.apply(_read_words)
+    texts = (cells != "").any(axis=None) and cells.apply(pd.to_numeric, errors="coerce").isna()
+    if cells.shape[1] == 1 and (separator or np.all(texts)):
+        if not separator:
+            _check_lists(cells.iloc[:, 0], path)
+        labels = _split_lists(cells.iloc[:, 0], unlisted, separator)
+    else:
+        labels = parse_cells(cells, path, soft=False)
+    check_label_names(labels, path)
+    return pd.concat([names, table[list(keep)], labels], axis=1).reset_index(drop=True)
+
+
+def _flat_images(part: Path, names: pd.Series) -> pd.DataFrame:
+    """Return class and name of images without folders, from the ground truth beside them."""
+    places = [path for place in (part, part.parent) for path in sorted(place.iterdir())]
+    truth = [p for p in places if re.search(r"val_solution\.csv|ground_truth\.txt$", p.name)]
+    if part.name != "val" or not truth:
+        problem = f"no images in class folders; expected {part}/<class>/*.jpg"
+        raise ValueError(f"{part}: {problem}, or for val/ LOC_val_solution.csv beside it.")
+    if truth[0].suffix == ".csv":  # ImageId,PredictionString
+        table = read_table(truth[0])
+        table = table.set_index(table.columns[0]).iloc[:, 0].str.split().str[0]
+        classes = names.map(lambda name: table.get(Path(name).stem, table.get(name)))
+    else:  # a number per photo, in the order of their names
+        from scipy.io import loadmat
+
+        meta = loadmat(truth[0].with_name("meta.mat"), squeeze_me=True)["synsets"]
+        of_number = dict(zip(meta["ILSVRC2012_ID"].astype(int), meta["WNID"].tolist()))
+        numbers = truth[0].read_text().split()
+        if len(numbers) != len(names):
+            raise ValueError(f"{truth[0]}: {len(numbers)} classes and {len(names)} photos.")
+        classes = pd.Series([of_number.get(int(number)) for number in numbers])
+    if (lost := names[classes.isna()]).size:
+        raise ValueError(f"{truth[0]}: no class of {_some(lost)}; add a line each.")
+    return pd.DataFrame({CLASS: classes, "image": names})
+
+
+def _class_images(part: Path) -> pd.DataFrame:
+    """Return class and name of each image in class folders; refuses empty ones, counts loose."""
+    names = pd.Series([*image_names(part)], dtype=object)
+    folder = names.str.partition("/")[0].where(names.str.contains("/"))
+    if folder.isna().all():
+        return _flat_images(part, names)
+    folders = {p.name for p in part.iterdir() if p.is_dir() and p.name[0] != "."}
+    if empty := [part / name for name in sorted(folders - set(folder))]:
+        fix = "add photos (links are not followed), or delete the folder if the class is not wanted"
+        raise ValueError(f"{_some(empty)}: a class folder without images; {fix}.")
+    loose = [part / name for name in names[folder.isna()]]
+    if loose and part.name in ("train", "val"):  # elsewhere: photos that nobody sorted yet
+        problem = f"{len(loose)} images lie in no class folder and are left out"
+        warnings.warn(f"{part}: {problem}: {_some(loose)}.", stacklevel=4)
+    return pd.DataFrame({CLASS: folder, "image": names}).dropna()
+
+
+def _list_classes(root: Path) -> pd.DataFrame:
+    """Return part, class and image (below `root`); the parts are train/ and val/, or `root`."""
+    split = [root / name for name in ("train", "val") if (root / name).is_dir()]
+    parts = split if len(split) == 2 else [root]
+    found = pd.concat({part.relative_to(root).as_posix(): _class_images(part) for part in parts})
+    found = found.reset_index(level=0, names="part")
+    if len(split) == 2:
+        found["image"] = found["part"] + "/" + found["image"]
+    deep = found["image"].str.count("/") > 1
+    if len(split) == 1 and deep.all() and set(found[CLASS]) == {split[0].name}:
+        problem = f"expected train/ and val/ in it, found {split[0].name}/ alone"
+        raise ValueError(f"{root}: {problem}; add the other, or read {split[0]}.")
+    classes = found.groupby("part", sort=False)[CLASS].agg(set)
+    if untrained := sorted(classes.iloc[-1] - classes.iloc[0]):
+        problem = f"holds classes that {parts[0]} lacks: {_some(untrained)}"
+        raise ValueError(f"{parts[-1]}: {problem}; a class must be trained to be tested.")
+    return found
+
+
+def _class_names(path: str | os.PathLike, folders: Sequence[str]) -> dict[str, str]:
+    """Return folder → its words up to the first comma; words of two classes get the folder too."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        expected = "expected a text file (UTF-8) with a line `folder words` per class"
+        raise ValueError(f"{path}: {expected}, {type(error).__name__}.") from None
+    longest = sorted(map(re.escape, folders), key=len, reverse=True)  # "sand dry" before "sand"
+    lines = re.findall(rf'(?m)^[ \t]*({"|".join(longest)})[ \t,;]+"?([^,\n]*)', text)
+    words = pd.DataFrame(lines, columns=["folder", "words"])
+    words["words"] = words["words"].str.strip(' \t"')
+    words = words[words["words"] != ""].drop_duplicates().set_index("folder")["words"]
+    if missing := [folder for folder in folders if folder not in words.index]:
+        fix = "add one `folder words` each, or give no names"
+        raise ValueError(f"{path}: no line with words for {_some(missing)}; {fix}.")
+    if several := words.index[words.index.duplicated()].tolist():
+        problem = f"lines that contradict each other for {_some(several)}"
+        raise ValueError(f"{path}: {problem}; keep one.")
+    words = words[list(folders)]
+    names = words.where(~words.duplicated(keep=False), words + " (" + words.index + ")")
+    if twice := names[names.duplicated()].tolist():
+        raise ValueError(f"{path}: two classes would be called {_some(twice)}; name one otherwise.")
+    return names.to_dict()
+
+
+def read_class_folders(
+    root: str | os.PathLike, names_path: str | os.PathLike | None = None
+) -> pd.DataFrame:
+    """Return `image` (path below root) and `class`; attrs: "classes", "class_depth", "root"."""
+    found = _list_classes(Path(root))
+    folders = sorted(found[CLASS].unique())  # train/ has them all
+    names = _class_names(names_path, folders) if names_path else dict(zip(folders, folders))
+    check_label_names(names.values(), root, "class")
+    table = pd.DataFrame({"image": found["image"], CLASS: found[CLASS].map(names)})
+    depth = found["part"].nunique()  # 2: train/<class>/, 1: <class>/
+    table.attrs = {"classes": [*names.values()], "class_depth": depth, "root": Path(root)}
+    return table.reset_index(drop=True)
+
+
+def read_class_column(
+    path: str | os.PathLike, column: str, keep: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Return `image`, the columns to keep and `class` of a CSV; an empty cell is unknown."""
+    table = read_table(path)
+    if lost := {column, *keep} - set(table.columns[1:]):
+        given = f"its columns are {_some(table.columns)}"
+        raise ValueError(f"{path}: no column {_some(sorted(lost))}; {given}.")
+    names, cells = _take_names(table, path), table[column].map(plain_name)
+    found = pd.concat([names, table[list(keep)], cells.mask(cells == "").rename(CLASS)], axis=1)
+    found.attrs["classes"] = sorted(found[CLASS].dropna().unique())
+    return found.reset_index(drop=True)
+
+
+def answered_class(answers: pd.DataFrame, question: str) -> pd.DataFrame:
+    """Return `image` and `class`: the option of a radio question that most annotators chose."""
+    own = answers[(answers["question"] == question) & (answers["kind"] == "radio")]
+    if own.empty:
+        asked = answers.loc[answers["kind"] == "radio", "question"].unique()
+        raise ValueError(f"no radio question {question!r}; there are {_some(asked)}.")
+    votes = own.groupby("image", sort=False)["answer"].agg(lambda given: tuple(given.mode()))
+    single = votes[votes.map(len) == 1].str[0]
+    if (unlike := own.groupby("image")["answer"].nunique().gt(1)).any():
+        print(
+            f"{unlike.sum()} images got several answers, {len(votes) - len(single)} of them a tie"
+        )
+    images = pd.Series(answers["image"].unique(), name="image")
+    table = pd.DataFrame({"image": images, CLASS: images.map(single)})
+    table.attrs["classes"] = sorted(table[CLASS].dropna().unique())
+    return table
+
+
+def combine_classes(targets: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per panorama with the class of its halves, which must be one."""
+    classes = targets.groupby(targets["image"].map(panorama_name), sort=False)[CLASS]
+    if (several := classes.nunique().loc[lambda n: n > 1].index).size:
+        problem = "halves of one panorama are of two classes; set VIEW = 'half', or correct them"
+        raise ValueError(f"{_some(several)}: {problem}.")
+    return classes.first().reset_index()
+
+
 # ---------------------------------------------------------------- partition
 
 
