@@ -3439,7 +3439,7 @@ def _each_path(images: str | list[str]) -> Iterator[str]:
 
 
 def _read_paths(table: Path) -> Iterator[str]:
-    text = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "chunksize": 10_000}
+    text = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "chunksize": 1000}
     try:
         for rows in pd.read_csv(table, usecols=["image_path"], **text):
             yield from (_seen_from_here(table, name) for name in rows["image_path"])

@@ -326,7 +326,7 @@ def test_threads_read_ahead_in_order_and_no_further_than_two_batches(tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_photos(classifier, tmp_path, monkeypatch):  # noqa: F811
     def answer(paths, *_, **__):
-        table = classifier._table(paths, np.zeros((len(paths), 1, 3)), False)
+        table = classifier._table(paths, np.zeros((len(paths), 1, 3)), False, False)
         table.attrs["busy"] = 0.0
         return table, []
 
