@@ -332,7 +332,7 @@ def test_memory_does_not_grow_with_the_number_of_photos(classifier, tmp_path, mo
 
     monkeypatch.setattr(classifier, "_answer", answer)
     peaks = []
-    for n in (1_000, 1_000, 30_000):  # the first warms up
+    for n in (1_000, 20_000, 40_000):  # warms up; as large as the blocks that pandas reads
         names = pd.DataFrame({"image_path": [f"{i:09}.jpg" for i in range(n)]})
         names.to_csv(tmp_path / "photos.csv", index=False)
         del names
