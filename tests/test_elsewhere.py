@@ -248,7 +248,7 @@ def test_timms_own_loader_reads_a_linear_classifier(nb, tmp_path, photos, name):
     with torch.inference_mode():
         expected = used.model.cpu()(images)
         torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
-    assert model.pretrained_cfg["mean"] == tuple(used.model.data_config["mean"])
+    assert tuple(model.pretrained_cfg["mean"]) == tuple(used.model.data_config["mean"])
 
 
 @pytest.mark.parametrize("head", ["csra", "mldecoder"])

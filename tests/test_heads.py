@@ -520,7 +520,7 @@ def test_options_of_the_head_and_of_timm_part_ways():
 class Photos(torch.utils.data.Dataset):
     """Random pictures with the interface of DataPartition."""
 
-    label_columns = ("a", "b", "c")
+    label_columns, exclusive = ("a", "b", "c"), False
 
     def __init__(self):
         rng = np.random.default_rng(0)

@@ -396,9 +396,9 @@ def test_found_values_come_back_by_their_names(tmp_path):
     path = write(tmp_path, DEFAULT)
     found = du.read_tuned(path, "linear")
     assert found == {name: value for name, value in DEFAULT.items() if name != "head"}
-    found_with = {"MODEL_NAME": "a"}  # as earlier versions wrote it
-    old = {name.upper(): value for name, value in DEFAULT.items()} | {"found_with": found_with}
-    assert du.read_tuned(write(tmp_path, old), "linear", {"model_name": "a"}) == found
+    found_with = {"model_name": "a"}
+    path = write(tmp_path, DEFAULT | {"found_with": found_with})
+    assert du.read_tuned(path, "linear", found_with) == found
 
 
 @pytest.mark.parametrize("notebook", ["training", "csra", "mldecoder"])
