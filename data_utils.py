@@ -134,7 +134,7 @@ def _is_main() -> bool:
 
 
 def _this_process() -> PartialState:
-    """Return its number among those of `accelerate launch`, and set its GPU."""
+    """Return which process of `accelerate launch` this is; sets its GPU."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -1477,6 +1477,7 @@ class MLDecoder(nn.Module):
 
 
 # A head of your own: a class with forward, attention, bias and frozen_rate (see CSRA), and a name.
+# `Classifier.load` takes whole numbers up to 16384, or None, for its options (lam, dropout: any).
 HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
 
 
@@ -1787,6 +1788,9 @@ def _features_key(model, dataset, pooled):
     return joblib.hash((files, str(dataset.transform), pooled, backbone))
 
 
+# ---------------------------------------------------------------- probe
+
+
 PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 
 
@@ -1896,7 +1900,7 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
     return model.forward_head(alone)[:, label].view(len(found), *found.shape[2:]).float()
 
 
-# ---------------------------------------------------------------- precision and loss
+# ---------------------------------------------------------------- precision
 
 
 def _fastest_device() -> str:
@@ -1951,13 +1955,16 @@ def time_steps(
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
+# ---------------------------------------------------------------- loss
+
+
 class MaskedLoss(nn.Module):
     """A loss of timm by name, or "ce" (one class an image): the mean over known (not NaN) cells.
 
     "ce" takes class numbers (B,), -1 for unknown, or shares (B, C). For "ce" and "zlpr" it is over
     images with known cells. "zlpr" and "twoway" compare labels: an unknown cell is a negative with
     logit -1e4, whose share is zero. To "db" it is present by the label's rate in `targets`, those
-    of the training part, (N,) or (N, L), of which "auto" depends. `kwargs`: e.g. asl_gamma_neg.
+    of the training part. "auto" is "ce" for (N,) and "bce" for (N, L). `kwargs`: asl_gamma_neg, …
     """
 
     def __init__(
@@ -2485,7 +2492,7 @@ class Trainer:
         return torch.cat(logits)
 
     def _run(self, after_epoch: Callable[[dict[str, float]], None] | None) -> pd.DataFrame:
-        """Train the remaining epochs."""
+        """Train the remaining epochs, then take the best weights."""
         config, n_batches = self.config, len(self.loader)
         self.accelerator.gradient_accumulation_steps = config.grad_accum_steps
         options = {} if self.accelerator.is_main_process else {"disable": True}  # or TQDM_DISABLE
@@ -2682,7 +2689,7 @@ def _most_probable(probs: Array) -> Array:
 
 
 def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
-    """Return both as (N, L) of float; the one place where NaN probabilities are refused."""
+    """Return both as float (N, L), class numbers as 0 and 1, unknown ones NaN; no NaN in probs."""
     if np.isnan(probs := np.asarray(probs, float)).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
     if (targets := np.asarray(targets)).ndim == 1:  # numbers of classes, -1 for unknown
@@ -2823,7 +2830,7 @@ def compare_scores(
 
 
 def _best_cut(targets: Array, probs: Array, beta: float, min_precision: float | None) -> tuple:
-    """Return the threshold with the highest F-beta, midway between two probabilities, and that."""
+    """Return the threshold of the highest F-beta (`min_precision`: recall), and that; -1: none."""
     known = ~np.isnan(targets)
     if not known.any():
         return 0.5, -1.0
@@ -2917,7 +2924,8 @@ def _logits(probs: Array, exclusive: bool) -> torch.Tensor:
 def calibrate(probs: Array, calibration: Array | None, exclusive: bool = False) -> Array:
     """Return probabilities (..., L) from logits that are scaled and shifted by (2, L).
 
-    The order of the photos within a label, and so its AP, stays as it is.
+    Within a label the order of the photos stays as it is, and so does its AP; with softmax
+    (`exclusive`) photos may change places.
     """
     if calibration is None:
         return np.asarray(probs)
@@ -3129,7 +3137,7 @@ class Classifier:
             for key in (name, f"panorama_{name}"):
                 content[key] = None if (rule := getattr(self, key)) is None else rule.tolist()
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
-        trained_in = _is_main() and (path.parent / ".lock").exists()  # by somebody who still may
+        trained_in = _is_main() and (path.parent / ".lock").exists()  # a Trainer may still write
         with _alone_in(path.parent, trained_in):
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
             _write_json(path, content | {"validation": metrics or {}, "versions": versions})
@@ -3276,7 +3284,8 @@ class Classifier:
         They are a folder, a glob, a CSV with a column image_path, or a list of paths. PATH.parts/
         keeps their list and every `chunk` that is done: stopped or killed, the same call goes on
         from there. The processes of `accelerate launch` share the work. What cannot be read stands
-        in failed.csv, with the reason. Returns counts, and the share of time that the model waited.
+        in failed.csv (x_failed.csv beside x_predictions.csv), with the reason. Returns the photos
+        that this process did in this call, per second too, and how long its model waited (0 to 1).
         """
         path, state, start, busy, n = Path(path), _this_process(), time.perf_counter(), 0.0, 0
         _check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
@@ -3680,7 +3689,7 @@ def plot_history(history: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-# ---------------------------------------------------------------- two heads side by side
+# ---------------------------------------------------------------- finishing and comparing runs
 
 
 def finish_run(trainer: Trainer) -> Classifier:
