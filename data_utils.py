@@ -65,6 +65,7 @@ from accelerate.utils import (
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from scipy.sparse import csr_array
+from scipy.stats import binomtest
 from sklearn.decomposition import PCA
 from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import GroupKFold
@@ -3689,6 +3690,30 @@ def plot_history(history: pd.DataFrame) -> plt.Figure:
     return figure
 
 
+def reliability(targets: Array, probs: Array) -> pd.DataFrame:
+    """Return per tenth of probability what was said, what was true (95 %, Wilson), how often."""
+    known = ~np.isnan(targets)
+    cells = pd.DataFrame({"said": probs[known], "true": targets[known] >= 0.5}).astype(float)
+    tenths = cells.groupby((cells["said"] * 10).astype(int).clip(upper=9))
+    table = tenths.mean().assign(cells=tenths.size(), off=lambda t: (t["said"] - t["true"]).abs())
+    tests = [binomtest(int(k), int(n)) for k, n in zip(tenths["true"].sum(), table["cells"])]
+    ends = [test.proportion_ci(method="wilson") for test in tests]
+    return table.assign(low=[end.low for end in ends], high=[end.high for end in ends])
+
+
+def plot_reliability(tables: dict[str, pd.DataFrame]) -> plt.Figure:
+    """Draw what `reliability` returns, titled with the expected calibration error."""
+    size = 4 * len(tables), 3.4
+    figure, axes = plt.subplots(1, len(tables), figsize=size, sharey=True, layout="constrained")
+    for axis, (name, table) in zip(np.atleast_1d(axes), tables.items()):
+        sides = np.stack([table["true"] - table["low"], table["high"] - table["true"]])
+        axis.errorbar(table["said"], table["true"], yerr=sides.clip(0), fmt="o-")
+        axis.plot([0, 1], [0, 1], ls="--", color="grey")
+        error = np.average(table["off"], weights=table["cells"])
+        axis.set(title=f"{name}: error {error:.3f}", xlabel="probability", ylabel="share present")
+    return figure
+
+
 # ---------------------------------------------------------------- finishing and comparing runs
 
 
@@ -3768,7 +3793,11 @@ def _report_data(parts: dict[str, pd.DataFrame], labels: list[str]) -> list:
     counts = rows.groupby("part", sort=False)[["image_path", "group_id", "panorama"]].nunique()
     counts.columns = ["photos", "groups", "panoramas"]
     cells = [("present", lambda y: y >= 0.5), ("absent", lambda y: y < 0.5), ("unknown", pd.isna)]
-    found = {(part, k): f(parts[part][labels]).sum() for part in parts for k, f in cells}
+    if CLASS in rows:
+        table = pd.crosstab(rows[CLASS], rows["part"])[list(parts)]
+    else:
+        found = {(part, k): f(parts[part][labels]).sum() for part in parts for k, f in cells}
+        table = pd.DataFrame(found)
     sizes = rows["image_path"].map(os.path.getsize)
     alike = rows[sizes.duplicated(keep=False)]  # only files of one size can be equal
     digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in alike["image_path"]]
@@ -3776,7 +3805,7 @@ def _report_data(parts: dict[str, pd.DataFrame], labels: list[str]) -> list:
     twice = "{} equal files, {} panoramas".format(*(g["part"].nunique().gt(1).sum() for g in twice))
     source = f"Photos below {os.path.commonpath([*rows['image_path']])}. In two parts: 0 groups,"
     said = f"{source} {twice}; near-duplicates are counted in partitioning.ipynb."
-    return [said, counts, pd.DataFrame(found)]
+    return [said, counts, table]
 
 
 def _report_training(config: TrainConfig, history: pd.DataFrame, about: dict[str, Any]) -> list:
@@ -3803,11 +3832,18 @@ def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> l
     return [said, overall, table.drop(columns="note"), "Site by site:", by_site]
 
 
+def _report_reliability(part: DataPartition, probs: Array) -> list:
+    table = reliability(*_as_scored(part.targets, probs))
+    said = "Where dots lie on the dashed line, as many cells show the label as was said."
+    return [said, plot_reliability({"test part": table})]
+
+
 def _report_mistakes(
     used: Classifier, part: DataPartition, probs: Array, reported: Array, most: int
 ) -> list:
-    true = part.targets >= 0.5
-    error = np.where(~np.isnan(part.targets) & (true != reported), np.abs(probs - true), 0)
+    targets, probs = _as_scored(part.targets, probs)
+    true = targets >= 0.5
+    error = np.where(~np.isnan(targets) & (true != reported), np.abs(probs - true), 0)
     worst = np.argsort(-error, axis=None, kind="stable")[: min(most, np.count_nonzero(error))]
     pictures, titles = [], []
     for i, j in zip(*np.unravel_index(worst, error.shape)):
@@ -3834,10 +3870,12 @@ def write_report(run_dir: PathLike, most: int = 8) -> Path:
     part = DataPartition(part, labels)
     table = used.predict(part.paths, config.batch_size, config.num_workers)
     probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
+    cut = "argmax" if used.exclusive else used.thresholds
     sections = {
         "Data": _report_data(parts, labels),
         "Training": _report_training(config, history, used.description),
-        "Scores on the test part": _report_scores(part, probs, used.thresholds, config.seed),
+        "Scores on the test part": _report_scores(part, probs, cut, config.seed),
+        "Do the probabilities come true?": _report_reliability(part, probs),
         "The surest mistakes": _report_mistakes(used, part, probs, reported.to_numpy(), most),
     }
     title = f"{run.name}: {config.model_name}, {used.model.spec['head']} head"

@@ -322,10 +322,10 @@ def test_photo_unlike_the_known_ones_is_flagged(tmp_path, head):
 # ---------------------------------------------------------------- what the notebooks teach
 
 
-def test_reliability_by_hand(notebook_functions):
+def test_reliability_by_hand():
     targets = np.array([[1, 0], [0, np.nan], [1, 1], [0, 1]])
     probs = np.array([[0.9, 0.1], [0.95, 0.5], [1.0, 0.15], [0.0, 0.9]])
-    table = notebook_functions("training").reliability(targets, probs)
+    table = du.reliability(targets, probs)
     assert table.index.tolist() == [0, 1, 9]
     assert table["cells"].tolist() == [1, 2, 4]  # the unknown cell counts nowhere
     np.testing.assert_allclose(table["said"], [0, 0.125, 0.9375])

@@ -63,7 +63,7 @@ def test_report_is_one_page_that_needs_no_other_file(run_dir, page):
     ]  # fmt: skip
     assert not re.search(r"(?:src|href)=[\"'](?!data:)|url\(|<script|@import", page)
     pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
-    assert len(pictures) == 2  # curves, mistakes
+    assert len(pictures) == 3  # curves, reliability, mistakes
     for picture in pictures:
         assert Image.open(io.BytesIO(base64.b64decode(picture))).width > 300
 
@@ -95,6 +95,31 @@ def test_training_is_described_with_its_time_seed_versions_and_settings(page):
 
 def test_sites_are_scored_apart(page):
     assert [cells(page, f"site {i}")[0][0] for i in (0, 1)] == ["2", "2"]
+
+
+def test_report_of_classes_counts_them_and_takes_the_most_probable(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "partitions"
+    for part, classes in {"train": ["sea", "land"], "val": ["sea"], "test": ["land", ""]}.items():
+        paths = [tmp_path / f"{part}{i}.png" for i in range(len(classes))]
+        for path in paths:
+            Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+        groups = [f"{part}/{i}" for i in range(len(paths))]
+        table = pd.DataFrame({"image_path": paths, "group_id": groups, "class": classes})
+        path = folder / f"{part}_partition.csv"
+        du.write_partition(table.replace("", None), path, ["sea", "land"])
+            table.replace("", None), folder / f"{part}_partition.csv", ["sea", "land"]
+        )
+    model = du.build_model("test_resnet", 2, pretrained=False, img_size=32)
+    du.Classifier(model, ["sea", "land"], activation="softmax").save(tmp_path / "run")
+    about = {"model_name": "test_resnet", "img_width": 32, "loss": "ce"}
+    config = du.TrainConfig(partition_dir=str(folder), **about)
+    du._write_json(tmp_path / "run" / "config.json", asdict(config))
+    history = pd.DataFrame({"epoch": [1], "train_loss": 0.7, "val_loss": 0.7, "val_top1": 0.5})
+    history.assign(seconds=60.0).to_csv(tmp_path / "run" / "history.csv", index=False)
+    page = du.write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert cells(page, "sea")[0] == ["1", "1", "0"]
+    assert cells(page, "land")[0] == ["1", "0", "1"]
+    assert "top-1" in page
 
 
 def test_run_without_its_files_is_named(run_dir, tmp_path):
