@@ -107,8 +107,6 @@ def test_report_of_classes_counts_them_and_takes_the_most_probable(tmp_path):
         table = pd.DataFrame({"image_path": paths, "group_id": groups, "class": classes})
         path = folder / f"{part}_partition.csv"
         du.write_partition(table.replace("", None), path, ["sea", "land"])
-            table.replace("", None), folder / f"{part}_partition.csv", ["sea", "land"]
-        )
     model = du.build_model("test_resnet", 2, pretrained=False, img_size=32)
     du.Classifier(model, ["sea", "land"], activation="softmax").save(tmp_path / "run")
     about = {"model_name": "test_resnet", "img_width": 32, "loss": "ce"}
