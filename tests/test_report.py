@@ -10,6 +10,7 @@ import data_utils as du
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 LABELS = ["tree", "<b>grass</b>", "never"]
@@ -107,9 +108,10 @@ def test_report_of_classes_counts_them_and_takes_the_most_probable(tmp_path):
         table = pd.DataFrame({"image_path": paths, "group_id": groups, "class": classes})
         path = folder / f"{part}_partition.csv"
         du.write_partition(table.replace("", None), path, ["sea", "land"])
-    model = du.build_model("test_resnet", 2, pretrained=False, img_size=32)
+    torch.manual_seed(0)
+    model = du.build_model("test_resnet", 2, pretrained=False, img_size=64)  # 2 × 2 cells
     du.Classifier(model, ["sea", "land"], activation="softmax").save(tmp_path / "run")
-    about = {"model_name": "test_resnet", "img_width": 32, "loss": "ce"}
+    about = {"model_name": "test_resnet", "img_width": 64, "loss": "ce"}
     config = du.TrainConfig(partition_dir=str(folder), **about)
     du._write_json(tmp_path / "run" / "config.json", asdict(config))
     history = pd.DataFrame({"epoch": [1], "train_loss": 0.7, "val_loss": 0.7, "val_top1": 0.5})
