@@ -4,10 +4,11 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import matplotlib
 import nbformat
@@ -47,6 +48,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.path.suffix == ".ipynb":
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         os.environ.update({} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_its_own() -> Iterator[None]:
+    """Give each file of tests the same environment: dask leaves MKL_NUM_THREADS=1 behind."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def _stands_alone(node: ast.stmt) -> bool:
