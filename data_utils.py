@@ -2053,7 +2053,7 @@ PRETRAINED_RECIPE: dict[str, Any] = {"steps": 100, "min_epochs": 5, "batch_size"
 PRETRAINED_RECIPE |= {"learning_rate": 2e-3, "weight_decay": 0.05, "layer_decay": 0.8}
 PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98, "min_crop": 0.4}
 PRETRAINED_RECIPE |= {"batch_norm": "frozen", "start": "probe", "flip_test": True}
-PRETRAINED_RECIPE |= {"precision": "measure"}
+PRETRAINED_RECIPE |= {"precision": "measure", "test_scale": None}
 PRETRAINED_RECIPE |= {"patience": 40}  # to the end: the best epochs are the last, at a low rate
 SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16}
 SCRATCH_RECIPE |= {"learning_rate": 1e-3, "weight_decay": 0.2, "warmup_epochs": 3}
@@ -2117,7 +2117,7 @@ class TrainConfig:
     batch_norm: str = _option("trained", "its statistics: trained or frozen", ("trained", "frozen"))
     grad_checkpointing: bool = _option(False, "half the memory for a third more time")
     min_crop: float = _option(0.8, "the least share of a photo that a crop keeps", _SHARE)
-    test_scale: float = _option(1.0, "size in use: × img_width (arXiv 1906.06423)", _ABOVE_0)
+    test_scale: float | None = _option(1.0, "size in use: × img_width; None: 1 or 9/7", _ABOVE_0)
     rand_augment: str | None = _option(None, "e.g. rand-m6-n2, in place of colour jitter")
     drop_rate: float = _option(0.0, "dropout before the head", _BELOW_1)
     flip_test: bool = _option(False, "answer for a photo and its mirror image together")
@@ -2208,16 +2208,47 @@ def build_run(
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     options |= {"head": head or config.head, "pretrained": config.pretrained, "head_bias": rates}
     model = build_model(config.model_name, len(labels), img_size=config.img_size, **options)
-    timms = getattr(getattr(model, "backbone", model), "pretrained_cfg", {})
-    if config.test_scale != 1 and not timms.get("fixed_input_size", True):
-        larger = (max(round(side * config.test_scale / 32), 1) * 32 for side in config.img_size)
-        model.data_config["test_input_size"] = [3, *larger]  # timm's own name for it
+    _look_at(model, config, config.test_scale or 1)
     about = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
     tables = parts | {"plain": parts["train"]}
     sets = {name: DataPartition(table, *about) for name, table in tables.items()}
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
     sets["train"].transform = make_transforms(model, True, config.view, **crops)
     return model, sets
+
+
+def _look_at(model: nn.Module, config: TrainConfig, scale: float) -> bool:
+    """Let a model that takes any size be used on photos of `scale` × the size in training."""
+    timms = getattr(getattr(model, "backbone", model), "pretrained_cfg", {})
+    if scale == 1 or timms.get("fixed_input_size", True):
+        return False
+    larger = (max(round(side * scale / 32), 1) * 32 for side in config.img_size)
+    model.data_config["test_input_size"] = [3, *larger]  # timm's own name for it
+    return True
+
+
+def choose_test_size(trainer: "Trainer", *others: DataPartition) -> tuple[Array, pd.Series | None]:
+    """Return probabilities on validation, of photos 9/7 as large as in training if that is better.
+
+    A crop shows things larger than a whole photo does (arXiv 1906.06423). The larger size, which
+    the `others` then get as well, must gain more than its standard error: see the line of
+    `compare_scores` that is returned. It is None where `test_scale` says the size, or the network.
+    """
+    config, val, model = trainer.config, trainer.val_set, trainer.plain
+    probs = trainer.predict(val, flip=config.flip_test)
+    if config.test_scale is not None or not _look_at(model, config, 9 / 7):
+        return probs, None
+    larger = copy.copy(val)
+    larger.transform = make_transforms(model, False, config.view)
+    found = trainer.predict(larger, flip=config.flip_test)
+    answers = val.targets, found, probs, val.label_columns, val.groups
+    versus = compare_scores(*answers, seed=config.seed).iloc[-1]  # mAP, or top-1
+    if versus["difference"] <= (versus["high"] - versus["low"]) / 3.92:  # 95 %: 2 × 1.96
+        del model.data_config["test_input_size"]
+        return probs, versus
+    for part in (val, *others):
+        part.transform = larger.transform
+    return found, versus
 
 
 def start_from_probe(
@@ -3713,9 +3744,9 @@ def plot_reliability(tables: dict[str, pd.DataFrame]) -> plt.Figure:
 
 
 def finish_run(trainer: Trainer) -> Classifier:
-    """Choose rules on validation, save best_classifier.json, and load what was saved."""
+    """Choose size and rules on validation, save best_classifier.json, load what was saved."""
     config, part = trainer.config, trainer.val_set
-    probs = trainer.predict(part, flip=config.flip_test)
+    probs, _ = choose_test_size(trainer)
     options = {"view": config.view, "flip": config.flip_test}
     options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)

@@ -437,6 +437,58 @@ def test_larger_photos_are_for_validation_and_use_only(survey, tmp_path):
     assert at_64.explain(photo, "red").shape == (64, 64)
 
 
+@pytest.fixture
+def undecided(survey, tmp_path):
+    """A trainer whose answers on validation (16 photos or more) the test says, by the size."""
+
+    def make(at_64, at_96, **changes):
+        options = {"model_name": "resnet10t", "model_kwargs": {}, "img_width": 64}
+        config = settings(survey, **{**options, "test_scale": None, **changes})
+        model, sets = du.build_run(config)
+        trainer = du.Trainer(model, sets["train"], sets["val"], config, tmp_path / "run")
+        truth = sets["val"].targets
+
+        def predict(part, flip=False):
+            wrong = at_64 if part[0][0].shape[-1] == 64 else at_96  # so many answers turned round
+            return np.abs(truth - 0.1 - 0.8 * (np.arange(truth.size) < wrong).reshape(truth.shape))
+
+        trainer.predict = predict
+        return trainer, sets
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("at_64", "at_96", "size"), [(8, 0, 96), (0, 8, 64), (8, 8, 64)], ids=["gain", "loss", "equal"]
+)
+def test_larger_photos_are_kept_where_validation_gains(undecided, at_64, at_96, size):
+    trainer, sets = undecided(at_64, at_96)
+    probs, versus = du.choose_test_size(trainer, sets["test"])
+    assert np.sign(versus["difference"]) == np.sign(at_64 - at_96)
+    assert sets["test"][0][0].shape == sets["val"][0][0].shape == (3, size, size)
+    assert sets["train"][0][0].shape == (3, 64, 64)
+    assert np.array_equal(probs, trainer.predict(sets["val"]))
+
+
+def test_finished_run_uses_the_size_that_validation_chose(undecided):
+    trainer, sets = undecided(8, 0)
+    used = du.finish_run(trainer)
+    assert used.explain(sets["test"].paths[0], "red").shape == (96, 96)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"test_scale": 1.0}, {"model_name": "swinv2_tiny_window8_256", "model_kwargs": TINY_SWIN}],
+    ids=["said", "one size"],
+)
+def test_larger_photos_are_not_tried_against_the_settings_or_the_network(undecided, changes):
+    trainer, sets = undecided(8, 0, **changes)
+    probs, versus = du.choose_test_size(trainer, sets["test"])
+    assert versus is None
+    assert sets["test"][0][0].shape == (3, 64, 64)
+    assert np.array_equal(probs, trainer.predict(sets["val"]))
+
+
 @pytest.mark.parametrize("value", ["large", [3, 96], [3, 96, 0], [3, 96.5, 96], [3, 96, 9000]])
 def test_size_in_use_of_a_stranger_is_checked(survey, tmp_path, value):
     model, _ = du.build_run(settings(survey))
