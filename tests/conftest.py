@@ -14,6 +14,8 @@ import matplotlib
 import nbformat
 import pytest
 from run_notebooks import NOTEBOOKS, ROOT
+from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -22,6 +24,8 @@ matplotlib.use("Agg")  # not by environment variable: notebook kernels would inh
 # a few thousand and drops the rest: on a slow machine the one that a long training is over. So bars
 # move every 30 s (in notebooks tqdm does not look at TQDM_DISABLE).
 os.environ["TQDM_MININTERVAL"] = "30"
+if n := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each process has cores of its own
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(n), 1)))
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # unit tests compare bits; the notebooks get the GPU back
 
@@ -30,7 +34,7 @@ def collection_rank(path: Path) -> int:
     """Return 0 for test files, then 1, 2, ... for the notebooks in the order of the pipeline."""
     if path.suffix != ".ipynb":
         return 0
-    return 1 + (NOTEBOOKS.index(path.stem) if path.stem in NOTEBOOKS else len(NOTEBOOKS))
+    return 1 + [*NOTEBOOKS, path.stem].index(path.stem)
 
 
 @pytest.hookimpl(trylast=True)
@@ -44,10 +48,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Show the GPUs to the kernels of the notebooks, which come last."""
+    """Show the GPUs to the kernels of the notebooks alone."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if item.path.suffix == ".ipynb":
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
         os.environ.update({} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS})
+
+
+class SideBySide(LoadScopeScheduling):
+    """Give whole files to processes: a notebook after those that it needs, tests in between."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.partition("::")[0]
+
+    def _may_start(self, node: WorkerController, file: str) -> bool:
+        """Say whether what a notebook needs has ended, or comes before it in the same process."""
+        others = [work for other, work in self.assigned_work.items() if other is not node]
+        needed = [f"{name}.ipynb" for name in NOTEBOOKS.get(Path(file).stem, ())]
+        running = (work.get(name, {}).values() for work in others for name in needed)
+        return not any(name in self.workqueue for name in needed) and all(map(all, running))
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        files = sorted(self.workqueue, key=lambda file: not file.endswith(".ipynb"))  # long ones
+        others = [other for other in self.nodes if other is not node and not other.shutting_down]
+        if ready := [file for file in files if self._may_start(node, file)]:
+            self.workqueue.move_to_end(ready[0], last=False)
+            super()._assign_work_unit(node)
+        elif others and self._pending_of(self.assigned_work[node]) == 1:
+            node.shutdown()  # a process keeps its last item, for which others wait, until then
+
+    def mark_test_complete(self, node: WorkerController, *args: Any, **kwargs: Any) -> None:
+        super().mark_test_complete(node, *args, **kwargs)
+        for other in self.nodes:  # may have waited for it
+            self._reschedule(other)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:
+    """Let `pytest -n 2` run notebooks and files of tests side by side."""
+    config.option.loadscopereorder = False
+    return SideBySide(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")

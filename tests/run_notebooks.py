@@ -11,10 +11,13 @@ import argparse
 import base64
 import html
 import io
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,19 +29,19 @@ from nbconvert import HTMLExporter
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = [
-    "imagesplit",
-    "partitioning",
-    "training",
-    "csra",
-    "mldecoder",
-    "classifier",
-    "relabeling",
-    "labelbox",
-    "pretraining",
-    "scratch",
-    "tuning",
-]
+NOTEBOOKS = {  # in the order of the pipeline, with those whose results each needs
+    "imagesplit": (),
+    "partitioning": ("imagesplit",),
+    "training": ("partitioning",),
+    "csra": ("training",),
+    "mldecoder": ("training",),
+    "classifier": ("csra", "mldecoder"),
+    "relabeling": ("classifier",),
+    "labelbox": ("relabeling",),
+    "pretraining": ("partitioning",),
+    "scratch": ("imagesplit",),
+    "tuning": ("training",),
+}
 VOC, REAL = "900 photos of PASCAL VOC, 5 labels", "62 real panoramas (halves), 7 labels"
 RESULTS = [  # data, model, how its line in docs/results.md begins, and in which column it stands
     (VOC, "probe", "| voc5, 900 photos", 5),
@@ -136,34 +139,57 @@ def write_index(folder: Path, entries: Sequence[str]) -> None:
     (folder / "index.html").write_text(head + body, encoding="utf-8")
 
 
-def run(folder: Path, root: Path, names: Sequence[str]) -> str | None:
-    """Run copies of `names` below `root`; return the one that failed, after which none is run."""
+def execute(name: str, folder: Path, root: Path) -> tuple[str, str | None]:
+    """Run a copy of a notebook and write its page; return its entry in the index and the error."""
+    notebook = nbformat.read(root / f"{name}.ipynb", as_version=4)
+    began, failed = time.perf_counter(), None
+    resources = {"metadata": {"path": str(root)}}
+    try:
+        NotebookClient(notebook, timeout=None, resources=resources).execute()
+    except CellExecutionError as error:
+        failed = f"stopped: {error.ename}: {error.evalue}"
+    page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook, resources)
+    (folder / f"{name}.html").write_text(page, encoding="utf-8")
+    took = f"{time.perf_counter() - began:.0f} s"
+    return entry(name, notebook, html.escape(failed or took)), failed
+
+
+def run(folder: Path, root: Path, names: Sequence[str], at_once: int = 2) -> str | None:
+    """Run copies of `names` below `root`, each after those that it needs, `at_once` side by side.
+
+    Returns the one that failed, after which no other is begun.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number, name in enumerate(names, start=1):
-        print(f"{number} of {len(names)}: {name}", flush=True)
-        notebook = nbformat.read(root / f"{name}.ipynb", as_version=4)
-        began, failed = time.perf_counter(), None
-        resources = {"metadata": {"path": str(root)}}
-        try:
-            NotebookClient(notebook, timeout=None, resources=resources).execute()
-        except CellExecutionError as error:
-            failed = f"stopped: {error.ename}: {error.evalue}"
-        page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook, resources)
-        (folder / f"{name}.html").write_text(page, encoding="utf-8")
-        took = f"{time.perf_counter() - began:.0f} s"
-        entries.append(entry(name, notebook, html.escape(failed or took)))
-        write_index(folder, entries)  # after each: a look is possible before the last is done
-        if failed:
-            print(f"{name}.ipynb {failed}", file=sys.stderr)
-            return name
-    return None
+    threads = max((os.cpu_count() or 1) // at_once, 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each has cores of its own
+    needs = {name: {*NOTEBOOKS.get(name, ())} & {*names} for name in names}
+    order, entries, running, stopped = TopologicalSorter(needs), {}, {}, None
+    order.prepare()
+    ready = []
+    with ThreadPoolExecutor(at_once) as pool:
+        while order.is_active() and not stopped:
+            ready = sorted([*ready, *order.get_ready()], key=names.index)
+            while ready and len(running) < at_once:
+                name = ready.pop(0)
+                running[pool.submit(execute, name, folder, root)] = name
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(done)
+                entries[name], failed = done.result()
+                print(f"{len(entries)} of {len(names)}: {name}", flush=True)
+                in_order = [entries[name] for name in names if name in entries]
+                write_index(folder, in_order)  # after each: a look is possible before the last
+                if failed:
+                    print(f"{name}.ipynb {failed}", file=sys.stderr)
+                    stopped = stopped or name
+                order.done(name)
+    return stopped
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=NOTEBOOKS, help="in the order to run")
+    parser.add_argument("names", nargs="*", default=[*NOTEBOOKS], help="in their order")
     parser.add_argument("--to", type=Path, default=ROOT / "runs" / "report", help="folder")
+    parser.add_argument("--at-once", type=int, default=2, help="how many side by side")
     parser.add_argument("--pictures", action="store_true", help="only write those of docs/")
     arguments = parser.parse_args()
     names = [name.removesuffix(".ipynb") for name in arguments.names]
@@ -173,7 +199,7 @@ def main() -> int:
     if arguments.pictures:
         print(*keep_pictures(ROOT, names), draw_results(ROOT), sep="\n")
         return 0
-    failed = run(arguments.to, ROOT, names)
+    failed = run(arguments.to, ROOT, names, arguments.at_once)
     print(f"Open {arguments.to / 'index.html'} in a browser.")
     return 1 if failed else 0
 

@@ -2,13 +2,16 @@
 
 import base64
 import io
+import shutil
+import subprocess
+import sys
 
 import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
-from run_notebooks import ROOT, draw_results, keep_pictures, read_results, run
+from run_notebooks import NOTEBOOKS, ROOT, draw_results, keep_pictures, read_results, run
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def test_pages_and_index_are_written_and_the_notebooks_left_alone(folder):
 
 
 def test_a_failing_notebook_is_named_and_ends_the_run(folder, capsys):
-    assert run(folder / "report", folder, ["good", "bad", "after"]) == "bad"
+    assert run(folder / "report", folder, ["good", "bad", "after"], at_once=1) == "bad"
     assert "bad.ipynb stopped: ZeroDivisionError: division by zero" in capsys.readouterr().err
     index = (folder / "report/index.html").read_text()
     assert "stopped: ZeroDivisionError" in index and "after" not in index
@@ -83,3 +86,30 @@ def test_figure_of_results_has_the_seeds_of_the_tables(tmp_path):
     (tmp_path / "docs" / "results.md").write_text(RESULTS, encoding="utf-8")
     assert draw_results(tmp_path).stat().st_size <= 60_000
     assert read_results((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+
+
+CELLS = (
+    "from pathlib import Path",
+    "assert all(Path(f'{name}.done').exists() for name in NEEDED)",
+    "Path(f'{NAME}.done').touch()",
+)
+
+
+def test_notebooks_run_side_by_side_after_those_that_they_need(tmp_path):
+    (tmp_path / "tests").mkdir()
+    for name in ("conftest.py", "run_notebooks.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    shown = [*NOTEBOOKS][: [*NOTEBOOKS].index("relabeling")]
+    for name in shown:
+        needed = NOTEBOOKS[name]
+        head = f"NAME, NEEDED = {name!r}, {needed!r}"
+        notebook = new_notebook(cells=[new_code_cell(cell) for cell in (head, *CELLS)])
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    for i in range(3):
+        (tmp_path / "tests" / f"test_{i}.py").write_text("def test_it():\n    pass\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--nbval-lax", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    n_cells = len(shown) * (1 + len(CELLS))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert f"{n_cells + 3} passed" in done.stdout
