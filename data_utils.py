@@ -3959,14 +3959,15 @@ def _report_mistakes(
 
 
 def _read_history(path: Path) -> pd.DataFrame:
-    numbers = {"epoch", "train_loss", "val_loss", "val_mAP", "seconds"}
     try:
         table = pd.read_csv(path)
-        table = table.astype(dict.fromkeys(numbers | {"val_top1"} & {*table}, float))
+        score = "val_top1" if "val_top1" in table else "val_mAP"
+        names = ("epoch", "train_loss", "val_loss", "seconds", score)
+        table = table.astype(dict.fromkeys(names, float)).dropna(subset=score)
+        if table.empty:
+            raise ValueError("no finished epoch")
     except (KeyError, ValueError) as error:  # pandas' own errors and UnicodeDecodeError
         raise ValueError(f"{path}: no history.csv of a training ({_reason(error)}).") from None
-    if table["val_mAP"].isna().all():
-        raise ValueError(f"{path}: no finished epoch; run training.ipynb.")
     return table
 
 
