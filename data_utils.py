@@ -2430,7 +2430,7 @@ class Trainer:
         if config.compile:
             model.compile()
         groups = _parameter_groups(model, config)
-        optimizer = create_optimizer_v2(groups, "adamw", lr=config.learning_rate)
+        optimizer = create_optimizer_v2(groups, "adamw", lr=config.learning_rate, fused=True)
         loader = make_loader(train_set, config.batch_size, True, config.num_workers, config.seed)
         self.generator = loader.generator
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
