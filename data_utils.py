@@ -2040,7 +2040,8 @@ def _logits_of(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 
     return sum(model(view) for view in views) / len(views)
 
 
-def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
+def to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
+    """Return probabilities of the same shape, of labels each on its own or of exclusive classes."""
     logits = logits.float()
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
@@ -2498,7 +2499,7 @@ class Trainer:
 
     def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
         """Return probabilities (N, L); weights="ema": the moving average; flip: both ways round."""
-        return _to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
+        return to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
 
     def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
         model, accelerator = self.ema.module if weights == "ema" else self.model, self.accelerator
@@ -2587,7 +2588,7 @@ class Trainer:
             problem = f"the model answers NaN after epoch {self.epoch + 1}"
             raise FloatingPointError(f"{problem}; lower learning_rate.")
         targets = torch.tensor(self.val_set.targets, device=logits.device)
-        probs = _to_probs(logits, self.config.loss == "ce")
+        probs = to_probs(logits, self.config.loss == "ce")
         scores = {"val_loss": self.criterion(logits, targets).item()}
         scores |= {"val_mAP": mean_average_precision(self.val_set.targets, probs)}
         if self.config.loss == "ce":
@@ -2711,19 +2712,27 @@ def mean_average_precision(targets: Array, probs: Array) -> float:
     return float(np.nanmean(ap)) if np.isfinite(ap).any() else float("nan")
 
 
-def _most_probable(probs: Array) -> Array:
-    return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]  # (N, L), true once a row
+def decide(probs: Array, cuts: Cuts) -> Array:
+    """Return what is said to be present, (N, L); "argmax": the most probable class alone."""
+    if isinstance(cuts, str) and cuts == "argmax":
+        return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]
+    return probs >= np.asarray(cuts, float)
+
+
+def to_cells(targets: Any, num_labels: int) -> Array:
+    """Return targets as cells (N, L): 1, 0, NaN for unknown; of class numbers one is 1 a row."""
+    if (targets := np.asarray(targets)).ndim == 2:
+        return np.asarray(targets, float)
+    cells = (targets[:, None] == np.arange(num_labels)).astype(np.float32)
+    cells[targets < 0] = np.nan
+    return cells
 
 
 def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
-    """Return both as float (N, L), class numbers as 0 and 1, unknown ones NaN; no NaN in probs."""
+    """Return both as float (N, L); probabilities that are NaN are refused."""
     if np.isnan(probs := np.asarray(probs, float)).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
-    if (targets := np.asarray(targets)).ndim == 1:  # numbers of classes, -1 for unknown
-        shares = (targets[:, None] == np.arange(probs.shape[1])).astype(np.float32)
-        shares[targets < 0] = np.nan
-        return shares, probs
-    return np.asarray(targets, float), probs
+    return to_cells(targets, probs.shape[1]), probs
 
 
 def rank_classes(targets: Array, probs: Array) -> Array:
@@ -2739,8 +2748,7 @@ def _replicates(
     """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
     numbers, (targets, probs) = np.asarray(targets), _as_scored(targets, probs)
     known, true = ~np.isnan(targets), targets >= 0.5
-    is_top1 = numbers.ndim == 1 or (isinstance(thresholds, str) and thresholds == "argmax")
-    predicted = _most_probable(probs) if is_top1 else probs >= np.asarray(thresholds, float)
+    predicted = decide(probs, "argmax" if numbers.ndim == 1 else thresholds)
     index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
     n_groups = index.max() + 1
     rates = np.full(n_groups, 1 / n_groups)
@@ -3012,15 +3020,24 @@ def fit_calibration(
 
 
 def find_bands(
-    probs: Array, targets: Array, precision: float = 0.95, min_positives: int = 10
+    probs: Array,
+    targets: Array,
+    precision: float = 0.95,
+    min_positives: int = 10,
+    exclusive: bool = False,
 ) -> Array:
     """Return (2, L): absent is said below the first, present from the second probability on.
 
     Of what is said either way, at least that share is right on validation; labels with (or
     without) fewer than `min_positives` take the bounds of all labels together. Below 0 or
-    above 1: never said.
+    above 1: never said. Of `exclusive` classes the most probable one is said from one bound on.
     """
     targets, probs = _as_scored(targets, probs)
+    if exclusive:
+        judged = ~np.isnan(targets).any(1)
+        right = (targets.argmax(1) == probs.argmax(1))[judged, None].astype(float)
+        high = find_bands(probs.max(1)[judged, None], right, precision, min_positives)[1]
+        return np.outer([0, 1], high.repeat(probs.shape[1]))
     bounds = []
     for p, y in ((1 - probs, 1 - targets), (probs, targets)):
         cuts, reached = _best_cuts(y, p, 1.0, precision)
@@ -3036,15 +3053,11 @@ def _choose_rules(
     """Return what turns probabilities on validation into answers, calibration first."""
     calibration = fit_calibration(probs, targets, groups, exclusive)
     probs = calibrate(probs, calibration, exclusive)
-    if exclusive:  # the one class that is said is right, or nothing is said
-        targets, probs = _as_scored(targets, probs)
-        judged = ~np.isnan(targets).any(1)
-        right = (targets.argmax(1) == probs.argmax(1))[judged, None].astype(float)
-        high = find_bands(probs.max(1)[judged, None], right)[1]
-        return {"calibration": calibration, "bands": np.outer([0, 1], high.repeat(len(labels)))}
-    found = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
-    bands = find_bands(probs, targets)
-    return {"calibration": calibration, "thresholds": found["threshold"], "bands": bands}
+    rules = {"calibration": calibration, "bands": find_bands(probs, targets, exclusive=exclusive)}
+    if not exclusive:
+        found = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
+        rules["thresholds"] = found["threshold"]
+    return rules
 
 
 def _combine(probs: Array, panorama: Sequence, combine: str) -> Array:
@@ -3133,6 +3146,11 @@ class Classifier:
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
         self.img_size = _needed_size(self.transform)  # height, width of what it looks at
+
+    @property
+    def cuts(self) -> Array | str:
+        """What `decide` and the scores take: thresholds, or "argmax" of exclusive classes."""
+        return "argmax" if self.exclusive else self.thresholds
 
     def _check_rules(self) -> None:
         """Make arrays of calibrations and bands, (2, L), and of what is usual."""
@@ -3287,7 +3305,7 @@ class Classifier:
                 logits = _logits_of(
                     self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls
                 )
-                answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                answers = to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
                 busy += time.perf_counter() - start
                 probs.append(answers[good])
                 names += itertools.compress(found, good)
@@ -3387,7 +3405,7 @@ class Classifier:
             low, cuts = np.stack([getattr(self, f"{level}bands") for level in levels], axis=1)
             sure = probs.max(-1, keepdims=True) if self.exclusive else probs
             unsure = ((sure >= low) & (sure < cuts)).reshape(rows.shape)
-        present = _most_probable(rows) if self.exclusive else (probs >= cuts).reshape(rows.shape)
+        present = decide(rows, "argmax") if self.exclusive else (probs >= cuts).reshape(rows.shape)
         table = pd.DataFrame(present.astype(int), columns=self.labels)
         table = table.astype("Int64").mask(unsure) if abstain else table
         lines = [name for name in names for _ in parts]
@@ -3442,7 +3460,7 @@ class Classifier:
         views = views.to(self.device)
         with torch.inference_mode():
             maps = _label_maps(self.model, views, index).cpu()
-            probs = self.calibrate(_to_probs(self.model(views), self.exclusive))[:, index]
+            probs = self.calibrate(to_probs(self.model(views), self.exclusive))[:, index]
         maps = F.interpolate(maps[:, None], views.shape[2:])[:, 0].numpy()
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
@@ -3655,17 +3673,15 @@ def show_images(
     return figure
 
 
-def show_predictions(part: DataPartition, probs: Array, thresholds: Any, seed: int = 42) -> None:
+def show_predictions(part: DataPartition, probs: Array, cuts: Cuts, seed: int = 42) -> None:
     """Draw nine photos of a part; below each, of what is known, what is right, missed and wrong."""
     shown = np.sort(np.random.default_rng(seed).permutation(len(part.paths))[:9])
     figure = show_images([part.paths[i] for i in shown], columns=3)
     figure.get_layout_engine().set(h_pad=0.28)  # inches: room for the lines below
-    present, reported = part.targets >= 0.5, probs >= np.asarray(thresholds)
-    kinds = [
-        ("right", present & reported, "tab:green"),
-        ("missed", present & ~reported, "chocolate"),
-    ]
-    kinds += [("wrong", (part.targets < 0.5) & reported, "tab:red")]
+    cells, reported = to_cells(part.targets, len(part.label_columns)), decide(probs, cuts)
+    kinds = [("right", (cells >= 0.5) & reported, "tab:green")]
+    kinds += [("missed", (cells >= 0.5) & ~reported, "chocolate")]
+    kinds += [("wrong", (cells < 0.5) & reported, "tab:red")]
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
     for i, axis in zip(shown, figure.axes):
         below = 3  # points
@@ -3750,8 +3766,8 @@ def finish_run(trainer: Trainer) -> Classifier:
     options = {"view": config.view, "flip": config.flip_test}
     options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
-    cuts = "argmax" if classifier.exclusive else classifier.thresholds
-    scores = summarize_scores(part.targets, classifier.calibrate(probs), cuts, n_bootstrap=0)
+    answers = part.targets, classifier.calibrate(probs), classifier.cuts
+    scores = summarize_scores(*answers, n_bootstrap=0)
     classifier.remember(trainer.loader.dataset.paths, config)
     path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
     return Classifier.load(path, part.label_columns)
@@ -3896,7 +3912,7 @@ def write_report(run_dir: PathLike, most: int = 8) -> Path:
     part = DataPartition(part, labels)
     table = used.predict(part.paths, config.batch_size, config.num_workers)
     probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
-    cut = "argmax" if used.exclusive else used.thresholds
+    cut = used.cuts
     sections = {
         "Data": _report_data(parts, labels),
         "Training": _report_training(config, history, used.description),
