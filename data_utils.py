@@ -3703,15 +3703,20 @@ def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> 
     return np.rint(255 * drawn).astype(np.uint8)
 
 
-def plot_comparison(table: pd.DataFrame) -> plt.Figure:
-    """Draw the AP differences of `compare_scores` with their 95 % intervals, the mAP apart."""
-    order = [*table.index.drop("mAP")[np.argsort(table["difference"].drop("mAP"))], "mAP"]
-    rows = table.loc[order]
+def plot_comparison(table: pd.DataFrame, most: int = 30) -> plt.Figure:
+    """Draw the AP differences of `compare_scores` with 95 % intervals, those of all labels apart.
+
+    Of more than `most` labels the ones that differ most, either way.
+    """
+    last = [name for name in ("top-1", "mAP") if name in table.index]
+    labels = table["difference"].drop(last).sort_values().index
+    labels = labels if len(labels) <= most else [*labels[: most // 2], *labels[-most // 2 :]]
+    rows = table.loc[[*labels, *last]]
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(rows) + 0.9), layout="constrained")
     error = np.stack([rows["difference"] - rows["low"], rows["high"] - rows["difference"]])
-    axis.errorbar(rows["difference"], order, xerr=error.clip(0), fmt="o", color="tab:blue")
+    axis.errorbar(rows["difference"], rows.index, xerr=error.clip(0), fmt="o", color="tab:blue")
     axis.axvline(0, ls=":", color="grey")
-    axis.axhline(len(rows) - 1.5, lw=0.5, color="grey")
+    axis.axhline(len(labels) - 0.5, lw=0.5, color="grey")
     axis.set_xlabel("← baseline better   difference in AP, 95 % interval   this model better →")
     return figure
 
