@@ -2122,6 +2122,7 @@ class TrainConfig:
     rand_augment: str | None = _option(None, "e.g. rand-m6-n2, in place of colour jitter")
     drop_rate: float = _option(0.0, "dropout before the head", _BELOW_1)
     flip_test: bool = _option(False, "answer for a photo and its mirror image together")
+    rolls: int = _option(1, "and for so many turns of a panorama, up to 64", _FROM_1)
     head: str = _option("linear", "linear, csra or mldecoder")
     # What is trained from what, where.
     head_kwargs: dict = _option(dict, "options of the head, e.g. lam of csra")
@@ -2154,6 +2155,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={value!r}: expected {expected}.")
             if dict in kinds:  # tuples become lists, as in config.json
                 setattr(self, name, json.loads(json.dumps(value)))
+        if self.rolls > 1 and self.view == "half":
+            raise ValueError(f"rolls={self.rolls}: only panoramas turn; a turned half has a seam.")
 
     @classmethod
     def recipe(cls, pretrained: bool | str, n_images: int, **changes: Any) -> "TrainConfig":
@@ -2184,7 +2187,7 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
-_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test"}
+_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "rolls"}
 TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 
@@ -2236,12 +2239,13 @@ def choose_test_size(trainer: "Trainer", *others: DataPartition) -> tuple[Array,
     `compare_scores` that is returned. It is None where `test_scale` says the size, or the network.
     """
     config, val, model = trainer.config, trainer.val_set, trainer.plain
-    probs = trainer.predict(val, flip=config.flip_test)
+    both = {"flip": config.flip_test, "rolls": config.rolls}
+    probs = trainer.predict(val, **both)
     if config.test_scale is not None or not _look_at(model, config, 9 / 7):
         return probs, None
     larger = copy.copy(val)
     larger.transform = make_transforms(model, False, config.view)
-    found = trainer.predict(larger, flip=config.flip_test)
+    found = trainer.predict(larger, **both)
     answers = val.targets, found, probs, val.label_columns, val.groups
     versus = compare_scores(*answers, seed=config.seed).iloc[-1]  # mAP, or top-1
     if versus["difference"] <= (versus["high"] - versus["low"]) / 3.92:  # 95 %: 2 × 1.96
@@ -2497,11 +2501,16 @@ class Trainer:
                 found = f"{what}={before!r}, now it is {now!r}"
                 raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
-    def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
+    def predict(
+        self, dataset: Dataset, weights: str = "current", flip: bool = False, rolls: int = 1
+    ) -> np.ndarray:
         """Return probabilities (N, L); weights="ema": the moving average; flip: both ways round."""
-        return to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
+        logits = self._predict_logits(dataset, weights, flip, rolls)
+        return to_probs(logits, self.config.loss == "ce")
 
-    def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
+    def _predict_logits(
+        self, dataset: Dataset, weights: str, flip: bool = False, rolls: int = 1
+    ) -> torch.Tensor:
         model, accelerator = self.ema.module if weights == "ema" else self.model, self.accelerator
         model.eval()
         ranks = accelerator.num_processes, accelerator.process_index
@@ -2515,7 +2524,8 @@ class Trainer:
         logits = [torch.empty(0, len(dataset.label_columns), device=accelerator.device)]
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
-                found = _logits_of(model, images.contiguous(memory_format=self.layout), flip)
+                images = images.contiguous(memory_format=self.layout)
+                found = _logits_of(model, images, flip, rolls)
                 logits.append(accelerator.gather_for_metrics(found).float())
         return torch.cat(logits)
 
@@ -3768,7 +3778,7 @@ def finish_run(trainer: Trainer) -> Classifier:
     """Choose size and rules on validation, save best_classifier.json, load what was saved."""
     config, part = trainer.config, trainer.val_set
     probs, _ = choose_test_size(trainer)
-    options = {"view": config.view, "flip": config.flip_test}
+    options = {"view": config.view, "flip": config.flip_test, "rolls": config.rolls}
     options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
     answers = part.targets, classifier.calibrate(probs), classifier.cuts
@@ -3871,8 +3881,10 @@ def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> l
     groups = pd.Series(part.groups, dtype=str)
     sites = {}
     for site, rows in groups.groupby(groups.str.split("/").str[0], sort=False).indices.items():
-        scores = summarize_scores(*(x[rows] for x in answers), cut, n_bootstrap=0)["value"]
-        sites[site] = pd.Series({"photos": len(rows)} | scores.to_dict())
+        draws = 500 if len(set(groups[rows])) > 1 else 0  # one group: no interval
+        found = summarize_scores(*(x[rows] for x in answers), cut, groups[rows], draws, seed)
+        ends = found.loc["mAP", ["low", "high"]].rename("mAP {}".format)
+        sites[site] = pd.concat([pd.Series({"photos": len(rows)}), found["value"], ends])
     said = f"Intervals of 95 % by a bootstrap of whole groups. Too few to judge: {few}."
     overall = summarize_scores(*answers, cut, part.groups, seed=seed)
     by_site = pd.DataFrame(sites).T.astype({"photos": int})
