@@ -2041,7 +2041,8 @@ def _logits_of(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 
     return sum(model(view) for view in views) / len(views)
 
 
-def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
+def to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
+    """Return probabilities of the same shape, of labels each on its own or of exclusive classes."""
     logits = logits.float()
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
@@ -2122,6 +2123,7 @@ class TrainConfig:
     rand_augment: str | None = _option(None, "e.g. rand-m6-n2, in place of colour jitter")
     drop_rate: float = _option(0.0, "dropout before the head", _BELOW_1)
     flip_test: bool = _option(False, "answer for a photo and its mirror image together")
+    rolls: int = _option(1, "and for so many turns of a panorama, up to 64", _FROM_1)
     head: str = _option("linear", "linear, csra or mldecoder")
     # What is trained from what, where.
     head_kwargs: dict = _option(dict, "options of the head, e.g. lam of csra")
@@ -2154,6 +2156,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={value!r}: expected {expected}.")
             if dict in kinds:  # tuples become lists, as in config.json
                 setattr(self, name, json.loads(json.dumps(value)))
+        if self.rolls > 1 and self.view == "half":
+            raise ValueError(f"rolls={self.rolls}: only panoramas turn; a turned half has a seam.")
 
     @classmethod
     def recipe(cls, pretrained: bool | str, n_images: int, **changes: Any) -> "TrainConfig":
@@ -2184,7 +2188,7 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
-_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test"}
+_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "rolls"}
 TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 
@@ -2236,12 +2240,13 @@ def choose_test_size(trainer: "Trainer", *others: DataPartition) -> tuple[Array,
     `compare_scores` that is returned. It is None where `test_scale` says the size, or the network.
     """
     config, val, model = trainer.config, trainer.val_set, trainer.plain
-    probs = trainer.predict(val, flip=config.flip_test)
+    both = {"flip": config.flip_test, "rolls": config.rolls}
+    probs = trainer.predict(val, **both)
     if config.test_scale is not None or not _look_at(model, config, 9 / 7):
         return probs, None
     larger = copy.copy(val)
     larger.transform = make_transforms(model, False, config.view)
-    found = trainer.predict(larger, flip=config.flip_test)
+    found = trainer.predict(larger, **both)
     answers = val.targets, found, probs, val.label_columns, val.groups
     versus = compare_scores(*answers, seed=config.seed).iloc[-1]  # mAP, or top-1
     if versus["difference"] <= (versus["high"] - versus["low"]) / 3.92:  # 95 %: 2 × 1.96
@@ -2431,7 +2436,7 @@ class Trainer:
         if config.compile:
             model.compile()
         groups = _parameter_groups(model, config)
-        optimizer = create_optimizer_v2(groups, "adamw", lr=config.learning_rate)
+        optimizer = create_optimizer_v2(groups, "adamw", lr=config.learning_rate, fused=True)
         loader = make_loader(train_set, config.batch_size, True, config.num_workers, config.seed)
         self.generator = loader.generator
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
@@ -2497,11 +2502,16 @@ class Trainer:
                 found = f"{what}={before!r}, now it is {now!r}"
                 raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
-    def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
+    def predict(
+        self, dataset: Dataset, weights: str = "current", flip: bool = False, rolls: int = 1
+    ) -> np.ndarray:
         """Return probabilities (N, L); weights="ema": the moving average; flip: both ways round."""
-        return _to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
+        logits = self._predict_logits(dataset, weights, flip, rolls)
+        return to_probs(logits, self.config.loss == "ce")
 
-    def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
+    def _predict_logits(
+        self, dataset: Dataset, weights: str, flip: bool = False, rolls: int = 1
+    ) -> torch.Tensor:
         model, accelerator = self.ema.module if weights == "ema" else self.model, self.accelerator
         model.eval()
         ranks = accelerator.num_processes, accelerator.process_index
@@ -2515,7 +2525,8 @@ class Trainer:
         logits = [torch.empty(0, len(dataset.label_columns), device=accelerator.device)]
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
-                found = _logits_of(model, images.contiguous(memory_format=self.layout), flip)
+                images = images.contiguous(memory_format=self.layout)
+                found = _logits_of(model, images, flip, rolls)
                 logits.append(accelerator.gather_for_metrics(found).float())
         return torch.cat(logits)
 
@@ -2588,7 +2599,7 @@ class Trainer:
             problem = f"the model answers NaN after epoch {self.epoch + 1}"
             raise FloatingPointError(f"{problem}; lower learning_rate.")
         targets = torch.tensor(self.val_set.targets, device=logits.device)
-        probs = _to_probs(logits, self.config.loss == "ce")
+        probs = to_probs(logits, self.config.loss == "ce")
         scores = {"val_loss": self.criterion(logits, targets).item()}
         scores |= {"val_mAP": mean_average_precision(self.val_set.targets, probs)}
         if self.config.loss == "ce":
@@ -2712,19 +2723,27 @@ def mean_average_precision(targets: Array, probs: Array) -> float:
     return float(np.nanmean(ap)) if np.isfinite(ap).any() else float("nan")
 
 
-def _most_probable(probs: Array) -> Array:
-    return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]  # (N, L), true once a row
+def decide(probs: Array, cuts: Cuts) -> Array:
+    """Return what is said to be present, (N, L); "argmax": the most probable class alone."""
+    if isinstance(cuts, str) and cuts == "argmax":
+        return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]
+    return probs >= np.asarray(cuts, float)
+
+
+def to_cells(targets: Any, num_labels: int) -> Array:
+    """Return targets as cells (N, L): 1, 0, NaN for unknown; of class numbers one is 1 a row."""
+    if (targets := np.asarray(targets)).ndim == 2:
+        return np.asarray(targets, float)
+    cells = (targets[:, None] == np.arange(num_labels)).astype(np.float32)
+    cells[targets < 0] = np.nan
+    return cells
 
 
 def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
-    """Return both as float (N, L), class numbers as 0 and 1, unknown ones NaN; no NaN in probs."""
+    """Return both as float (N, L); probabilities that are NaN are refused."""
     if np.isnan(probs := np.asarray(probs, float)).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
-    if (targets := np.asarray(targets)).ndim == 1:  # numbers of classes, -1 for unknown
-        shares = (targets[:, None] == np.arange(probs.shape[1])).astype(np.float32)
-        shares[targets < 0] = np.nan
-        return shares, probs
-    return np.asarray(targets, float), probs
+    return to_cells(targets, probs.shape[1]), probs
 
 
 def rank_classes(targets: Array, probs: Array) -> Array:
@@ -2740,8 +2759,7 @@ def _replicates(
     """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
     numbers, (targets, probs) = np.asarray(targets), _as_scored(targets, probs)
     known, true = ~np.isnan(targets), targets >= 0.5
-    is_top1 = numbers.ndim == 1 or (isinstance(thresholds, str) and thresholds == "argmax")
-    predicted = _most_probable(probs) if is_top1 else probs >= np.asarray(thresholds, float)
+    predicted = decide(probs, "argmax" if numbers.ndim == 1 else thresholds)
     index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
     n_groups = index.max() + 1
     rates = np.full(n_groups, 1 / n_groups)
@@ -3013,15 +3031,24 @@ def fit_calibration(
 
 
 def find_bands(
-    probs: Array, targets: Array, precision: float = 0.95, min_positives: int = 10
+    probs: Array,
+    targets: Array,
+    precision: float = 0.95,
+    min_positives: int = 10,
+    exclusive: bool = False,
 ) -> Array:
     """Return (2, L): absent is said below the first, present from the second probability on.
 
     Of what is said either way, at least that share is right on validation; labels with (or
     without) fewer than `min_positives` take the bounds of all labels together. Below 0 or
-    above 1: never said.
+    above 1: never said. Of `exclusive` classes the most probable one is said from one bound on.
     """
     targets, probs = _as_scored(targets, probs)
+    if exclusive:
+        judged = ~np.isnan(targets).any(1)
+        right = (targets.argmax(1) == probs.argmax(1))[judged, None].astype(float)
+        high = find_bands(probs.max(1)[judged, None], right, precision, min_positives)[1]
+        return np.outer([0, 1], high.repeat(probs.shape[1]))
     bounds = []
     for p, y in ((1 - probs, 1 - targets), (probs, targets)):
         cuts, reached = _best_cuts(y, p, 1.0, precision)
@@ -3037,15 +3064,11 @@ def _choose_rules(
     """Return what turns probabilities on validation into answers, calibration first."""
     calibration = fit_calibration(probs, targets, groups, exclusive)
     probs = calibrate(probs, calibration, exclusive)
-    if exclusive:  # the one class that is said is right, or nothing is said
-        targets, probs = _as_scored(targets, probs)
-        judged = ~np.isnan(targets).any(1)
-        right = (targets.argmax(1) == probs.argmax(1))[judged, None].astype(float)
-        high = find_bands(probs.max(1)[judged, None], right)[1]
-        return {"calibration": calibration, "bands": np.outer([0, 1], high.repeat(len(labels)))}
-    found = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
-    bands = find_bands(probs, targets)
-    return {"calibration": calibration, "thresholds": found["threshold"], "bands": bands}
+    rules = {"calibration": calibration, "bands": find_bands(probs, targets, exclusive=exclusive)}
+    if not exclusive:
+        found = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
+        rules["thresholds"] = found["threshold"]
+    return rules
 
 
 def _combine(probs: Array, panorama: Sequence, combine: str) -> Array:
@@ -3134,6 +3157,11 @@ class Classifier:
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
         self.img_size = _needed_size(self.transform)  # height, width of what it looks at
+
+    @property
+    def cuts(self) -> Array | str:
+        """What `decide` and the scores take: thresholds, or "argmax" of exclusive classes."""
+        return "argmax" if self.exclusive else self.thresholds
 
     def _check_rules(self) -> None:
         """Make arrays of calibrations and bands, (2, L), and of what is usual."""
@@ -3288,7 +3316,7 @@ class Classifier:
                 logits = _logits_of(
                     self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls
                 )
-                answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                answers = to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
                 busy += time.perf_counter() - start
                 probs.append(answers[good])
                 names += itertools.compress(found, good)
@@ -3388,7 +3416,7 @@ class Classifier:
             low, cuts = np.stack([getattr(self, f"{level}bands") for level in levels], axis=1)
             sure = probs.max(-1, keepdims=True) if self.exclusive else probs
             unsure = ((sure >= low) & (sure < cuts)).reshape(rows.shape)
-        present = _most_probable(rows) if self.exclusive else (probs >= cuts).reshape(rows.shape)
+        present = decide(rows, "argmax") if self.exclusive else (probs >= cuts).reshape(rows.shape)
         table = pd.DataFrame(present.astype(int), columns=self.labels)
         table = table.astype("Int64").mask(unsure) if abstain else table
         lines = [name for name in names for _ in parts]
@@ -3443,7 +3471,7 @@ class Classifier:
         views = views.to(self.device)
         with torch.inference_mode():
             maps = _label_maps(self.model, views, index).cpu()
-            probs = self.calibrate(_to_probs(self.model(views), self.exclusive))[:, index]
+            probs = self.calibrate(to_probs(self.model(views), self.exclusive))[:, index]
         maps = F.interpolate(maps[:, None], views.shape[2:])[:, 0].numpy()
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
@@ -3656,17 +3684,15 @@ def show_images(
     return figure
 
 
-def show_predictions(part: DataPartition, probs: Array, thresholds: Any, seed: int = 42) -> None:
+def show_predictions(part: DataPartition, probs: Array, cuts: Cuts, seed: int = 42) -> None:
     """Draw nine photos of a part; below each, of what is known, what is right, missed and wrong."""
     shown = np.sort(np.random.default_rng(seed).permutation(len(part.paths))[:9])
     figure = show_images([part.paths[i] for i in shown], columns=3)
     figure.get_layout_engine().set(h_pad=0.28)  # inches: room for the lines below
-    present, reported = part.targets >= 0.5, probs >= np.asarray(thresholds)
-    kinds = [
-        ("right", present & reported, "tab:green"),
-        ("missed", present & ~reported, "chocolate"),
-    ]
-    kinds += [("wrong", (part.targets < 0.5) & reported, "tab:red")]
+    cells, reported = to_cells(part.targets, len(part.label_columns)), decide(probs, cuts)
+    kinds = [("right", (cells >= 0.5) & reported, "tab:green")]
+    kinds += [("missed", (cells >= 0.5) & ~reported, "chocolate")]
+    kinds += [("wrong", (cells < 0.5) & reported, "tab:red")]
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
     for i, axis in zip(shown, figure.axes):
         below = 3  # points
@@ -3688,15 +3714,20 @@ def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> 
     return np.rint(255 * drawn).astype(np.uint8)
 
 
-def plot_comparison(table: pd.DataFrame) -> plt.Figure:
-    """Draw the AP differences of `compare_scores` with their 95 % intervals, the mAP apart."""
-    order = [*table.index.drop("mAP")[np.argsort(table["difference"].drop("mAP"))], "mAP"]
-    rows = table.loc[order]
+def plot_comparison(table: pd.DataFrame, most: int = 30) -> plt.Figure:
+    """Draw the AP differences of `compare_scores` with 95 % intervals, those of all labels apart.
+
+    Of more than `most` labels the ones that differ most, either way.
+    """
+    last = [name for name in ("top-1", "mAP") if name in table.index]
+    labels = table["difference"].drop(last).sort_values().index
+    labels = labels if len(labels) <= most else [*labels[: most // 2], *labels[-most // 2 :]]
+    rows = table.loc[[*labels, *last]]
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(rows) + 0.9), layout="constrained")
     error = np.stack([rows["difference"] - rows["low"], rows["high"] - rows["difference"]])
-    axis.errorbar(rows["difference"], order, xerr=error.clip(0), fmt="o", color="tab:blue")
+    axis.errorbar(rows["difference"], rows.index, xerr=error.clip(0), fmt="o", color="tab:blue")
     axis.axvline(0, ls=":", color="grey")
-    axis.axhline(len(rows) - 1.5, lw=0.5, color="grey")
+    axis.axhline(len(labels) - 0.5, lw=0.5, color="grey")
     axis.set_xlabel("← baseline better   difference in AP, 95 % interval   this model better →")
     return figure
 
@@ -3748,11 +3779,11 @@ def finish_run(trainer: Trainer) -> Classifier:
     """Choose size and rules on validation, save best_classifier.json, load what was saved."""
     config, part = trainer.config, trainer.val_set
     probs, _ = choose_test_size(trainer)
-    options = {"view": config.view, "flip": config.flip_test}
+    options = {"view": config.view, "flip": config.flip_test, "rolls": config.rolls}
     options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
-    cuts = "argmax" if classifier.exclusive else classifier.thresholds
-    scores = summarize_scores(part.targets, classifier.calibrate(probs), cuts, n_bootstrap=0)
+    answers = part.targets, classifier.calibrate(probs), classifier.cuts
+    scores = summarize_scores(*answers, n_bootstrap=0)
     classifier.remember(trainer.loader.dataset.paths, config)
     path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
     return Classifier.load(path, part.label_columns)
@@ -3851,8 +3882,10 @@ def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> l
     groups = pd.Series(part.groups, dtype=str)
     sites = {}
     for site, rows in groups.groupby(groups.str.split("/").str[0], sort=False).indices.items():
-        scores = summarize_scores(*(x[rows] for x in answers), cut, n_bootstrap=0)["value"]
-        sites[site] = pd.Series({"photos": len(rows)} | scores.to_dict())
+        draws = 500 if len(set(groups[rows])) > 1 else 0  # one group: no interval
+        found = summarize_scores(*(x[rows] for x in answers), cut, groups[rows], draws, seed)
+        ends = found.loc["mAP", ["low", "high"]].rename("mAP {}".format)
+        sites[site] = pd.concat([pd.Series({"photos": len(rows)}), found["value"], ends])
     said = f"Intervals of 95 % by a bootstrap of whole groups. Too few to judge: {few}."
     overall = summarize_scores(*answers, cut, part.groups, seed=seed)
     by_site = pd.DataFrame(sites).T.astype({"photos": int})
@@ -3897,7 +3930,7 @@ def write_report(run_dir: PathLike, most: int = 8) -> Path:
     part = DataPartition(part, labels)
     table = used.predict(part.paths, config.batch_size, config.num_workers)
     probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
-    cut = "argmax" if used.exclusive else used.thresholds
+    cut = used.cuts
     sections = {
         "Data": _report_data(parts, labels),
         "Training": _report_training(config, history, used.description),
