@@ -171,8 +171,7 @@ def _writing(path: Path, how: str = "what stood there is unchanged, run this aga
         ours |= isinstance(error, _CannotWrite)
         if not ours and not re.search(_CUT_OFF, str(error)):
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise _CannotWrite(path, reason, how) from None
+        raise _CannotWrite(path, getattr(error, "strerror", None) or _reason(error), how) from None
 
 
 def _write_json(path: PathLike, content: Any) -> None:
@@ -186,7 +185,12 @@ def _save_weights(model: nn.Module, path: Path) -> str:
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     with replacing(path) as temporary:  # clones: tensors that share memory are refused
         safetensors.torch.save_file(weights, temporary)
-        return hashlib.sha256(temporary.read_bytes()).hexdigest()
+        return _sha256(temporary)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def brief(names: Iterable[Any], most: int = 5) -> str:
@@ -196,11 +200,27 @@ def brief(names: Iterable[Any], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def _reason(error: Exception) -> str:
+    """Return the first line of what an error says, or its type."""
+    return [*str(error).splitlines(), type(error).__name__][0].rstrip(". ")
+
+
 def _need_file(path: PathLike, fix: str) -> Path:
     """Return `path` if it is a file; `fix` ends the sentence that is raised otherwise."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; {fix}.")
     return Path(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; whatever else it holds raises a ValueError."""
+    try:
+        found = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
 
 
 def _bad_line(path: PathLike, number: int, problem: str) -> ValueError:
@@ -214,12 +234,12 @@ def read_tuned(path: PathLike, head: str, network: dict | None = None) -> dict[s
     """
     path = _need_file(path, "run tuning.ipynb to make it")
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-        own, before = found.pop("head"), found.pop("found_with", {})
+        found = _read_object(path)
+        own, before = found.pop("head"), dict(found.pop("found_with", {}))
         notebook = {"linear": "training", "csra": "csra", "mldecoder": "mldecoder"}[own]
         _check_options(found, TUNABLE)
         TrainConfig(**found)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no best_parameters.json of tuning.ipynb ({error}).") from None
     if own != head:
         raise ValueError(f"{path}: found for head={own!r}, not {head!r}; use {notebook}.ipynb.")
@@ -237,7 +257,7 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 def list_images(folder: PathLike) -> list[Path]:
     """Return every image file below `folder`, sorted, without hidden, thumbnail and recycled ones.
 
-    Links to other folders are followed, each folder once.
+    Links to other folders are followed, each folder once; those to a photo that is gone are listed.
     """
     return [Path(folder, name) for name in image_names(folder)]
 
@@ -255,13 +275,16 @@ def image_names(folder: PathLike) -> Iterator[str]:
         entries = os.scandir(os.path.join(folder, below))
         for entry in sorted(entries, key=lambda entry: os.path.normcase(entry.name)):
             name = entry.name.lower()
-            if entry.is_dir() and name[0] != "." and name not in unwanted:
+            is_link = entry.is_symlink()  # is_dir() alone raises an error at a link to itself
+            is_dir = os.path.isdir(entry.path) if is_link else entry.is_dir()
+            is_photo = _suffix(name) in IMAGE_SUFFIXES and (is_link or entry.is_file())
+            if is_dir and name[0] != "." and name not in unwanted:
                 real = Path(entry.path).resolve()  # a link within `folder`, or around it, shows
                 known = real.is_relative_to(root) or root.is_relative_to(real)  # nothing new
-                if real not in seen and not (known and entry.is_symlink()):
+                if real not in seen and not (known and is_link):
                     seen.add(real)
                     yield from walk(f"{below}{entry.name}/")
-            elif name[0] != "." and _suffix(name) in IMAGE_SUFFIXES and entry.is_file():
+            elif name[0] != "." and is_photo:
                 yield below + entry.name
 
     yield from walk("")
@@ -483,8 +506,10 @@ def read_labelbox(
 
 
 def check_label_names(labels: Iterable[str], path: PathLike, what: str = "label") -> None:
-    """Refuse labels that are called like another column of a partition or of predictions."""
+    """Refuse labels that are called like another column, or that no CSV brings back."""
     labels = sorted(labels)
+    if odd := [label for label in labels if re.search(r"^$|[\0-\x1f\x7f\ud800-\udfff]", label)]:
+        raise ValueError(f"{path}: {odd[0]!r} is no name that can be written; rename that {what}.")
     taken = {"image", "part", CLASS, *NOT_LABELS, *(f"{label}_prob" for label in labels)}
     if found := [label for label in labels if label in taken]:
         raise ValueError(f"{path}: {found[0]!r} is the name of a column; rename that {what}.")
@@ -567,6 +592,8 @@ def _read_words(column: pd.Series) -> pd.Series:
 def _take_names(table: pd.DataFrame, path: str | os.PathLike) -> pd.Series:
     """Return the first column as `image`; every file name must be there, and once."""
     names = table.iloc[:, 0].rename("image")
+    if names.empty:
+        raise ValueError(f"{path}: no rows; expected one row per image.")
     for problem, what in [(names == "", "no file name"), (names.duplicated(), "file name twice")]:
         if problem.any():
             lines = brief([f"line {i + 2}: {names[i]!r}" for i in names.index[problem]])
@@ -623,17 +650,20 @@ def _flat_images(part: Path, names: pd.Series) -> pd.DataFrame:
         raise ValueError(f"{part}: {problem}, or for val/ LOC_val_solution.csv beside it.")
     if truth[0].suffix == ".csv":  # ImageId,PredictionString
         table = read_table(truth[0])
-        table = table.set_index(table.columns[0]).iloc[:, 0].str.split().str[0]
-        classes = names.map(lambda name: table.get(Path(name).stem, table.get(name)))
+        own = dict(zip(_take_names(table, truth[0]), table.iloc[:, -1].str.split().str[0]))
+        classes = names.map(lambda name: own.get(Path(name).stem, own.get(name)))
     else:  # a number per photo, in the order of their names
         from scipy.io import loadmat
 
-        meta = loadmat(truth[0].with_name("meta.mat"), squeeze_me=True)["synsets"]
-        of_number = dict(zip(meta["ILSVRC2012_ID"].astype(int), meta["WNID"].tolist()))
-        numbers = truth[0].read_text().split()
+        try:
+            meta = loadmat(truth[0].with_name("meta.mat"), squeeze_me=True)["synsets"]
+            of_number = dict(zip(meta["ILSVRC2012_ID"].astype(int), meta["WNID"].tolist()))
+            numbers = [int(number) for number in truth[0].read_text().split()]
+        except Exception as error:  # scipy raises errors of many types
+            raise ValueError(f"{truth[0]}: no numbers of meta.mat beside it ({error}).") from None
         if len(numbers) != len(names):
             raise ValueError(f"{truth[0]}: {len(numbers)} classes and {len(names)} photos.")
-        classes = pd.Series([of_number.get(int(number)) for number in numbers])
+        classes = pd.Series([of_number.get(number) for number in numbers])
     if (lost := names[classes.isna()]).size:
         raise ValueError(f"{truth[0]}: no class of {brief(lost)}; add a line each.")
     return pd.DataFrame({CLASS: classes, "image": names})
@@ -797,8 +827,9 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
 def read_table(path: PathLike) -> pd.DataFrame:
     """Read a CSV (commas, semicolons, tabs) as stripped text; its index is the line less 2."""
     text = {"dtype": str, "header": None, "keep_default_na": False, "skip_blank_lines": False}
+    path = _need_file(path, "name a CSV")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig")
+        lines = path.read_text(encoding="utf-8-sig")
         first, _, rest = lines.partition("\n")
         named = re.fullmatch(r'"?sep=(.)"?[,;\t\r]*', first, re.IGNORECASE)  # as Excel writes it
         separator = named[1] if named else _separator(lines)
@@ -872,7 +903,10 @@ def _seen_from_here(table: Path, name: str) -> str:
 def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
     """Return the classes of a partition of `read_table`; a name must be known, a photo one row."""
     names = _need_file(path.with_name("classes.txt"), "a partition of classes needs it beside it")
-    classes = names.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        classes = names.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{names}: not UTF-8 ({error}); save it in that encoding.") from None
     if len(set(classes)) < len(classes) or "" in classes:
         raise ValueError(f"{names}: expected one class per line, each once.")
     if others := set(df.columns) - {CLASS, *NOT_LABELS}:
@@ -953,19 +987,20 @@ def open_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         turn = _find_turn(image)
         return _to_rgb(image if turn is None else image.transpose(turn))
+    if not os.path.isfile(image):  # nor a pipe, which would be waited for
+        raise FileNotFoundError(f"{image}: no such image; check the folder or the CSV.")
     try:
-        with Image.open(image) as file:
+        with Image.open(image, formats=_FORMATS) as file:
             turn = _find_turn(file)
             if size is not None and file.format in ("JPEG", "MPO"):
                 file.draft("RGB", size if turn in _SWAPPING else size[::-1])
             return _to_rgb(file if turn is None else file.transpose(turn))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{image}: no such image; check the folder or the CSV.") from None
     except Exception as error:  # whatever a damaged file makes a decoder raise
         problem = f"cannot be read as an image ({error}); replace it or leave it out."
         raise OSError(f"{image}: {problem}") from None
 
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # PostScript would start a program
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # by Orientation
 _SWAPPING = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
 
@@ -1547,7 +1582,8 @@ def build_model(
     head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in options.get(head, ())}
     if foreign := kwargs.keys() & set(itertools.chain(*options.values())):
         raise ValueError(f"the {head} head has no option {brief(sorted(foreign))}.")
-    note = _read_note(Path(pretrained)) if pretrained and pretrained is not True else {}
+    stages = len(kwargs.get("depths", range(4)))
+    note = _read_note(Path(pretrained), stages) if pretrained and pretrained is not True else {}
     if timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2"):
         windows = ("pretrained_window_sizes",)  # SwinV2 measures positions in shares of them
         kwargs = {key: note[key] for key in windows if key in note} | kwargs
@@ -1679,11 +1715,17 @@ def _load_weights(model, name, source, num_labels):
         ) from error
 
 
-def _read_note(weights):
+def _read_note(weights, stages):
     """Return the JSON that pretraining.ipynb writes beside its weights, if there is one."""
     note = weights.with_suffix(".json")
     try:
-        return dict(json.loads(note.read_bytes())) if note.is_file() else {}
+        found = _read_object(note) if note.is_file() else {}
+        windows = found.get("pretrained_window_sizes", [0] * stages)
+        pairs = [timm.layers.to_2tuple(window) for window in windows]
+        is_size = [len(p) == 2 and all(type(n) is int and 0 <= n <= 8192 for n in p) for p in pairs]
+        if len(pairs) < stages or not all(is_size):
+            raise ValueError(f"pretrained_window_sizes: expected {stages} sizes in patches")
+        return found
     except (TypeError, ValueError) as error:
         raise ValueError(f"{note}: no JSON of pretraining.ipynb ({error}).") from None
 
@@ -1697,10 +1739,13 @@ def _load_file(model, name, path, rename):
         state = timm.models.load_state_dict(str(path), weights_only=True)
         with contextlib.suppress(KeyError):  # weights of another architecture: named below
             state = rename(state, model) if rename else state
-        state = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+        kinds = {k: (v.shape, v.is_floating_point()) for k, v in own.items()}
+        found = {k: (v.shape, v.is_floating_point()) for k, v in state.items() if k in own}
+        state = {k: state[k] for k in found if found[k] == kinds[k]}
         missing = model.load_state_dict(state, strict=False).missing_keys
     except Exception as error:
-        raise ValueError(f"{path}: not a state dict that is safe to load ({error}).") from None
+        problem = f"not a state dict that is safe to load ({_reason(error)})"
+        raise ValueError(f"{path}: {problem}.") from None
     new = tuple(f"{n}." for n, m in model.named_modules() if m in _last_layers(model))
     lost = [k for k in missing if not k.startswith(new)]
     lost = [k for k in lost if not k.endswith("num_batches_tracked")]  # files of old torch lack it
@@ -2175,7 +2220,7 @@ class TrainConfig:
         _check_options(changes)
         path = _need_file(path, "run training.ipynb to make it")
         try:
-            saved = dict(json.loads(path.read_text(encoding="utf-8")))
+            saved = _read_object(path)
             _check_options(saved)
             saved = asdict(cls(**saved))
         except (TypeError, ValueError) as error:
@@ -2279,13 +2324,16 @@ def start_from_probe(
     own["learning_rate"] = model.get_classifier().frozen_rate
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**own), folder)
-        return trainer.fit()["val_mAP"].max()
+        history = trainer.fit()
+        if trainer.stopped:  # the stop button ends all of it
+            raise KeyboardInterrupt
+        return history["val_mAP"].max()
 
 
 def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, RecursionError) as error:
+        return _read_object(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}); {fix}.") from None
 
 
@@ -2482,13 +2530,27 @@ class Trainer:
                 raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
             config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
             self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
+            self._load_last(last, state)
+            return self._run(after_epoch)
+
+    def _load_last(self, last: Path, state: dict[str, Any]) -> None:
+        """Take the resume point; the best weights must be there, or the last would be the best."""
+        try:
+            history = state["history"]
+            if np.isfinite([*map(self._score, history)]).any():
+                self._load_best()
             self.accelerator.load_state(str(last))
             if self.ema is not None:
                 weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
                 self.ema.module.load_state_dict(weights)
-            self.history = state["history"]
-            self.epoch, self.step = self.history[-1]["epoch"], self.history[-1]["step"]
-            return self._run(after_epoch)
+            self.epoch, self.step = (int(history[-1][name]) for name in ("epoch", "step"))
+        except Exception as error:  # whatever a damaged file makes torch raise
+            fix = "if it is damaged, make a new Trainer and call fit() to start again"
+            raise ValueError(f"{last}: cannot be read ({_reason(error)}); {fix}.") from None
+        self.history = history
+
+    def _load_best(self) -> None:
+        self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
@@ -2550,9 +2612,10 @@ class Trainer:
             self.stopped = True
             kept = f"{self.run_dir} keeps finished epochs, Trainer.resume() goes on from there"
             kept = kept if self.history else "nothing is kept"
-            print(f"Stopped in epoch {self.epoch + 1}; {kept}.")
-            if self.accelerator.num_processes > 1:  # the others may be anywhere: none waits
-                raise
+            print(told := f"Stopped in epoch {self.epoch + 1}; {kept}.")
+            # with several processes the others may be anywhere: none waits
+            if not self.history or self.accelerator.num_processes > 1:
+                raise KeyboardInterrupt(told) from None
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -2560,7 +2623,7 @@ class Trainer:
             raise ValueError(f"batch norm cannot learn from one photo at a time; {fix}.") from None
         self.accelerator.wait_for_everyone()
         if self.history and self.best_path.is_file():
-            self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
+            self._load_best()
         return pd.DataFrame(self.history)
 
     def _has_patience(self) -> bool:
@@ -3233,12 +3296,12 @@ class Classifier:
         path = _need_file(path, "run training.ipynb to make it")
         try:
             newer = {option.name: option.default for option in fields(cls)[6:]}
-            content = newer | json.loads(path.read_text(encoding="utf-8"))
+            content = newer | _read_object(path)
             if content["format_version"] == 1:
                 content |= {"activation": "sigmoid"}
             _check_description(content)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: no valid best_classifier.json: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no valid best_classifier.json: {_reason(error)}.") from None
         if labels is not None:
             _check_labels(path, content["labels"], list(labels))
         weights = _need_file(path.parent / content["weights"], f"keep it beside {path.name}")
@@ -3253,7 +3316,7 @@ class Classifier:
             model.data_config |= {key: content[key] for key in own}
             classifier = cls(model, *(content[option.name] for option in fields(cls)[1:]))
         except Exception as error:  # a stranger's values may fail anywhere inside timm
-            raise ValueError(f"{path}: no model can be made of it ({error}).") from None
+            raise ValueError(f"{path}: no model can be made of it ({_reason(error)}).") from None
         try:
             if content["format_version"] < 3:  # a pickle, of which only plain tensors are read
                 state = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
@@ -3352,13 +3415,18 @@ class Classifier:
         images = os.fspath(images) if is_one else [os.fspath(photo) for photo in images]
         run = {"images": images if is_one else joblib.hash(images)}
         run |= {"chunk": chunk, "classifier": self._fingerprint(), **options}
+        panorama, abstain = options.get("panorama", False), bool(options.get("abstain"))
+        zeros = np.zeros((1, 1 + (panorama and self.view == "half"), len(self.labels)))
+        abstain &= self.bands is not None  # else it is refused at the first photo
+        example = self._table(["a"], zeros, panorama, abstain)
         with _alone_in(parts, main, "classification", "file"), _going_on(parts):
             if main:
                 _begin(parts, images, run)
             state.wait_for_everyone()
-            n_photos = _read_state(parts / "plan.json", f"delete {parts} to begin again")["photos"]
-            done = {int(file.stem) for file in parts.glob(f"{'[0-9]' * 8}.csv")}
-            todo = sorted(set(range(-(-n_photos // chunk))) - done)
+            with open(parts / "paths.jsonl", "rb") as lines:
+                n_photos = sum(1 for _ in lines)
+            sizes = {i // chunk: min(chunk, n_photos - i) for i in range(0, n_photos, chunk)}
+            todo = [i for i, size in sizes.items() if not _is_whole(parts, i, size, example)]
             [todo] = broadcast_object_list([todo])  # of the first process: all see the same
             mine = set(todo[state.process_index :: state.num_processes])
             shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
@@ -3370,13 +3438,6 @@ class Classifier:
                     busy, n = busy + found[0].attrs["busy"], n + len(paths)
             state.wait_for_everyone()
             if main:
-                panorama = options.get("panorama", False)
-                views = 1 + (panorama and self.view == "half")
-                zeros, abstain = (
-                    np.zeros((1, views, len(self.labels))),
-                    options.get("abstain", False),
-                )
-                example = self._table(["a"], zeros, panorama, abstain)
                 _join(parts, path, example)
             state.wait_for_everyone()
         if main:
@@ -3515,20 +3576,36 @@ def _read_paths(table: Path) -> Iterator[str]:
 
 def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
     """List the photos, or check that what was begun is to go on."""
-    plan, fix = parts / "plan.json", f"delete {parts} to begin again"
+    plan, photos = parts / "plan.json", parts / "paths.jsonl"
+    fix = f"delete {parts} to begin again"
     if not plan.is_file():
         for old in parts.glob("*.csv"):
             old.unlink()
-        with replacing(parts / "paths.jsonl") as temporary, open(temporary, "w") as file:
+        with replacing(photos) as temporary, open(temporary, "w") as file:
             n_photos = sum(file.write(json.dumps(photo) + "\n") > 0 for photo in _each_path(images))
         if not n_photos:
             raise FileNotFoundError(f"{images}: no image in it.")
-        _write_json(plan, run | {"photos": n_photos})
+        _write_json(plan, run | {"list": _sha256(photos)})
     before = _read_state(plan, fix)
     changed = [key for key, value in run.items() if before.get(key) != value]
     if changed:
         problem = f"{parts}: not begun with these {brief(changed)}"
         raise ValueError(f"{problem}; restore them to go on, or {fix}.")
+    if not photos.is_file() or _sha256(photos) != before.get("list"):
+        raise ValueError(f"{photos}: no longer the list that was begun with; {fix}.")
+
+
+def _is_whole(parts: Path, number: int, n_photos: int, example: pd.DataFrame) -> bool:
+    """Say whether a chunk has the lines of `example` for each photo: a disk may have lost some."""
+    files = [parts / f"{number:08}.{suffix}" for suffix in ("csv", "failed.csv")]
+    try:
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        rows, failed = ([*csv.reader(io.StringIO(text, newline=""))] for text in texts)
+    except (OSError, ValueError, csv.Error):
+        return False
+    ended = all(text.endswith("\n") for text in filter(None, texts))
+    fitting = all(len(row) == example.shape[1] for row in rows)
+    return ended and fitting and len(rows) == len(example) * (n_photos - len(failed))
 
 
 def _read_chunks(path: Path, size: int, wanted: set[int]) -> Iterator[tuple[int, list[str]]]:
@@ -3915,6 +3992,18 @@ def _report_mistakes(
     return ["Each photo, and beside it where the model looks for that label.", *drawn]
 
 
+def _read_history(path: Path) -> pd.DataFrame:
+    numbers = {"epoch", "train_loss", "val_loss", "val_mAP", "seconds"}
+    try:
+        table = pd.read_csv(path)
+        table = table.astype(dict.fromkeys(numbers | {"val_top1"} & {*table}, float))
+    except (KeyError, ValueError) as error:  # pandas' own errors and UnicodeDecodeError
+        raise ValueError(f"{path}: no history.csv of a training ({_reason(error)}).") from None
+    if table["val_mAP"].isna().all():
+        raise ValueError(f"{path}: no finished epoch; run training.ipynb.")
+    return table
+
+
 def write_report(run_dir: PathLike, most: int = 8) -> Path:
     """Write RUN_DIR/report.html, one page that needs no other file: data, training, test, mistakes.
 
@@ -3926,7 +4015,7 @@ def write_report(run_dir: PathLike, most: int = 8) -> Path:
     config = TrainConfig.read(run / "config.json")
     parts, labels = load_parts(config.partition_dir)
     used, part = Classifier.load(run / "best_classifier.json", labels), parts["test"]
-    history = pd.read_csv(_need_file(run / "history.csv", "run training.ipynb to make it"))
+    history = _read_history(_need_file(run / "history.csv", "run training.ipynb to make it"))
     part = DataPartition(part, labels)
     table = used.predict(part.paths, config.batch_size, config.num_workers)
     probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1

@@ -880,7 +880,8 @@ def test_stop_while_the_resume_point_is_written_loses_nothing(
 def test_interrupt_before_the_first_epoch_ended_leaves_nothing_to_resume(sets, tmp_path):
     run = trainer(sets, tmp_path)
     interrupt_at(run.model, 2)
-    assert len(run.fit()) == 0
+    with pytest.raises(KeyboardInterrupt, match="Stopped in epoch 1; nothing is kept"):
+        run.fit()
     assert not (tmp_path / BEST).exists()
     with pytest.raises(FileNotFoundError, match=r"no finished epoch to resume; call fit\(\)"):
         trainer(sets, tmp_path).resume()
