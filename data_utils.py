@@ -193,7 +193,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _some(names: Iterable[Any], most: int = 5) -> str:
+def brief(names: Iterable[Any], most: int = 5) -> str:
+    """List names in a message: the first ones, and how many more there are."""
     names = [str(name) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -244,11 +245,11 @@ def read_tuned(path: PathLike, head: str, network: dict | None = None) -> dict[s
         raise ValueError(f"{path}: found for head={own!r}, not {head!r}; use {notebook}.ipynb.")
     now = json.loads(json.dumps(network or {}))  # tuples become lists, as in the file
     if other := [name for name in now if before.get(name, now[name]) != now[name]]:
-        warnings.warn(f"{path}: found with another {_some(other)}; search again.", stacklevel=2)
+        warnings.warn(f"{path}: found with another {brief(other)}; search again.", stacklevel=2)
     return found
 
 
-def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}.")
 
@@ -430,7 +431,7 @@ def _name_answers(answers: pd.DataFrame, path: PathLike) -> pd.DataFrame:
             ways.setdefault(labels[-1], set()).add(names)
     if twofold := [name for name, found in ways.items() if len(found) > 1]:
         problem = "a question and an option of another one give the same label, rename one"
-        raise ValueError(f"{path}: {problem}: {_some(twofold)}.")
+        raise ValueError(f"{path}: {problem}: {brief(twofold)}.")
     question = [" / ".join(names) if names else None for names in asked]
     grade = answers["answer"].astype("string").str.extract(_GRADE)[0].astype(float)
     named = answers.assign(path=question, grade=grade.where(in_scheme), label=labels)
@@ -470,7 +471,7 @@ def read_labelbox(
     categorical with the vocabulary of all rows as they appear; `.attrs["report"]` says what needs
     attention.
     """
-    _check_choice("problematic", problematic, ("drop", "keep"))
+    check_choice("problematic", problematic, ("drop", "keep"))
     rows = list(_read_export(path))
     if not rows:
         raise ValueError(f"{path}: no rows; expected a Labelbox v2 export.")
@@ -532,7 +533,7 @@ def to_targets(
         soft: soft target per grade, e.g. {1: 1.0, 2: 0.9, 3: 0.6}; None gives 1.
         hard: with `soft`, decide by the mean certainty (present from 0.5) instead of keeping it.
     """
-    _check_choice("unanswered", unanswered, ("absent", "unknown"))
+    check_choice("unanswered", unanswered, ("absent", "unknown"))
     vocabulary = answers["label"].cat.categories
     key = ["image", "project", "label_id"]
     given = answers[answers["judged"] & answers["label"].notna()].copy()
@@ -540,7 +541,7 @@ def to_targets(
     grade = given["grade"].where(graded, 1)
     present = grade.between(1, positive_max)
     if lacking := sorted(set(grade[present]) - set(soft or grade)):
-        raise ValueError(f"soft={soft}: no target for grade {_some(lacking)}.")
+        raise ValueError(f"soft={soft}: no target for grade {brief(lacking)}.")
     value = (grade.map(soft) if soft else present).astype(float).where(present, 0)
     given["value"] = value.where(grade.notna(), -1)  # -1 loses to any grade beside it
     table = given.pivot_table("value", key, "label", aggfunc="max", observed=True, sort=False)
@@ -595,7 +596,7 @@ def _take_names(table: pd.DataFrame, path: str | os.PathLike) -> pd.Series:
         raise ValueError(f"{path}: no rows; expected one row per image.")
     for problem, what in [(names == "", "no file name"), (names.duplicated(), "file name twice")]:
         if problem.any():
-            lines = _some([f"line {i + 2}: {names[i]!r}" for i in names.index[problem]])
+            lines = brief([f"line {i + 2}: {names[i]!r}" for i in names.index[problem]])
             raise ValueError(f"{path}: {what}, expected one row per image: {lines}.")
     return names
 
@@ -621,12 +622,12 @@ def read_csv_labels(
 
     With a `separator` the one label column holds lists, whatever they look like.
     """
-    _check_choice("unlisted", unlisted, ("unknown", "absent"))
+    check_choice("unlisted", unlisted, ("unknown", "absent"))
     table = read_table(path)
     if table.shape[1] < 2:
         raise ValueError(f"{path}: expected a file name column and at least one label column.")
     if lost := set(keep) - set(table.columns):
-        raise ValueError(f"{path}: no column {_some(lost)} to keep.")
+        raise ValueError(f"{path}: no column {brief(lost)} to keep.")
     names, cells = _take_names(table, path), table.iloc[:, 1:].drop(columns=list(keep))
     cells = cells if separator else cells.apply(_read_words)
     texts = (cells != "").any(axis=None) and cells.apply(pd.to_numeric, errors="coerce").isna()
@@ -664,7 +665,7 @@ def _flat_images(part: Path, names: pd.Series) -> pd.DataFrame:
             raise ValueError(f"{truth[0]}: {len(numbers)} classes and {len(names)} photos.")
         classes = pd.Series([of_number.get(number) for number in numbers])
     if (lost := names[classes.isna()]).size:
-        raise ValueError(f"{truth[0]}: no class of {_some(lost)}; add a line each.")
+        raise ValueError(f"{truth[0]}: no class of {brief(lost)}; add a line each.")
     return pd.DataFrame({CLASS: classes, "image": names})
 
 
@@ -677,11 +678,11 @@ def _class_images(part: Path) -> pd.DataFrame:
     folders = {p.name for p in part.iterdir() if p.is_dir() and p.name[0] != "."}
     if empty := [part / name for name in sorted(folders - set(folder))]:
         fix = "add photos (links are not followed), or delete the folder if the class is not wanted"
-        raise ValueError(f"{_some(empty)}: a class folder without images; {fix}.")
+        raise ValueError(f"{brief(empty)}: a class folder without images; {fix}.")
     loose = [part / name for name in names[folder.isna()]]
     if loose and part.name in ("train", "val"):  # elsewhere: photos that nobody sorted yet
         problem = f"{len(loose)} images lie in no class folder and are left out"
-        warnings.warn(f"{part}: {problem}: {_some(loose)}.", stacklevel=4)
+        warnings.warn(f"{part}: {problem}: {brief(loose)}.", stacklevel=4)
     return pd.DataFrame({CLASS: folder, "image": names}).dropna()
 
 
@@ -699,7 +700,7 @@ def _list_classes(root: Path) -> pd.DataFrame:
         raise ValueError(f"{root}: {problem}; add the other, or read {split[0]}.")
     classes = found.groupby("part", sort=False)[CLASS].agg(set)
     if untrained := sorted(classes.iloc[-1] - classes.iloc[0]):
-        problem = f"holds classes that {parts[0]} lacks: {_some(untrained)}"
+        problem = f"holds classes that {parts[0]} lacks: {brief(untrained)}"
         raise ValueError(f"{parts[-1]}: {problem}; a class must be trained to be tested.")
     return found
 
@@ -718,14 +719,14 @@ def _class_names(path: str | os.PathLike, folders: Sequence[str]) -> dict[str, s
     words = words[words["words"] != ""].drop_duplicates().set_index("folder")["words"]
     if missing := [folder for folder in folders if folder not in words.index]:
         fix = "add one `folder words` each, or give no names"
-        raise ValueError(f"{path}: no line with words for {_some(missing)}; {fix}.")
+        raise ValueError(f"{path}: no line with words for {brief(missing)}; {fix}.")
     if several := words.index[words.index.duplicated()].tolist():
-        problem = f"lines that contradict each other for {_some(several)}"
+        problem = f"lines that contradict each other for {brief(several)}"
         raise ValueError(f"{path}: {problem}; keep one.")
     words = words[list(folders)]
     names = words.where(~words.duplicated(keep=False), words + " (" + words.index + ")")
     if twice := names[names.duplicated()].tolist():
-        raise ValueError(f"{path}: two classes would be called {_some(twice)}; name one otherwise.")
+        raise ValueError(f"{path}: two classes would be called {brief(twice)}; name one otherwise.")
     return names.to_dict()
 
 
@@ -749,8 +750,8 @@ def read_class_column(
     """Return `image`, the columns to keep and `class` of a CSV; an empty cell is unknown."""
     table = read_table(path)
     if lost := {column, *keep} - set(table.columns[1:]):
-        given = f"its columns are {_some(table.columns)}"
-        raise ValueError(f"{path}: no column {_some(sorted(lost))}; {given}.")
+        given = f"its columns are {brief(table.columns)}"
+        raise ValueError(f"{path}: no column {brief(sorted(lost))}; {given}.")
     names, cells = _take_names(table, path), table[column].map(plain_name)
     found = pd.concat([names, table[list(keep)], cells.mask(cells == "").rename(CLASS)], axis=1)
     found.attrs["classes"] = sorted(found[CLASS].dropna().unique())
@@ -762,7 +763,7 @@ def answered_class(answers: pd.DataFrame, question: str) -> pd.DataFrame:
     own = answers[(answers["question"] == question) & (answers["kind"] == "radio")]
     if own.empty:
         asked = answers.loc[answers["kind"] == "radio", "question"].unique()
-        raise ValueError(f"no radio question {question!r}; there are {_some(asked)}.")
+        raise ValueError(f"no radio question {question!r}; there are {brief(asked)}.")
     votes = own.groupby("image", sort=False)["answer"].agg(lambda given: tuple(given.mode()))
     single = votes[votes.map(len) == 1].str[0]
     if (unlike := own.groupby("image")["answer"].nunique().gt(1)).any():
@@ -780,7 +781,7 @@ def combine_classes(targets: pd.DataFrame) -> pd.DataFrame:
     classes = targets.groupby(targets["image"].map(panorama_name), sort=False)[CLASS]
     if (several := classes.nunique().loc[lambda n: n > 1].index).size:
         problem = "halves of one panorama are of two classes; set VIEW = 'half', or correct them"
-        raise ValueError(f"{_some(several)}: {problem}.")
+        raise ValueError(f"{brief(several)}: {problem}.")
     return classes.first().reset_index()
 
 
@@ -839,7 +840,7 @@ def read_table(path: PathLike) -> pd.DataFrame:
     table = table.apply(lambda column: column.str.strip())
     names = table.iloc[0].tolist()
     if len(set(names)) < len(names) or "" in names[1:]:
-        raise _bad_line(path, 1, f"a column without a name or twice: {_some(names)}")
+        raise _bad_line(path, 1, f"a column without a name or twice: {brief(names)}")
     table = table.iloc[1:].set_axis(names, axis=1).reset_index(drop=True)
     table.index += bool(named)
     if separator != ",":  # and so a comma may be a decimal one
@@ -865,7 +866,7 @@ def parse_cells(cells: pd.DataFrame, path: PathLike, soft: bool) -> pd.DataFrame
     wrong = np.argwhere((~good & (cells != "")).to_numpy())
     if len(wrong):
         line, name = cells.index + 2, cells.columns
-        found = _some([f"line {line[r]}, {name[c]}: {cells.iloc[r, c]!r}" for r, c in wrong])
+        found = brief([f"line {line[r]}, {name[c]}: {cells.iloc[r, c]!r}" for r, c in wrong])
         expected = "0 to 1" if soft else "0, 1"
         raise ValueError(f"{path}: expected {expected} or an empty cell, found {found}.")
     return values.astype(float)
@@ -909,16 +910,16 @@ def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
     if len(set(classes)) < len(classes) or "" in classes:
         raise ValueError(f"{names}: expected one class per line, each once.")
     if others := set(df.columns) - {CLASS, *NOT_LABELS}:
-        raise ValueError(f"{path}: {_some(sorted(others))} beside the column class; keep one kind.")
+        raise ValueError(f"{path}: {brief(sorted(others))} beside the column class; keep one kind.")
     wrong, twice = ~df[CLASS].isin(["", *classes]), df["image_path"].duplicated()
     if wrong.any():
         first = df[wrong].iloc[0]
-        problem = f"{first[CLASS]!r} is no class of {names.name} ({_some(classes, 3)})"
+        problem = f"{first[CLASS]!r} is no class of {names.name} ({brief(classes, 3)})"
         raise _bad_line(path, first.name + 2, f"{problem}; {wrong.sum()} such cells")
     if twice.any():
         first = df[twice].iloc[0]
         own = df.loc[df["image_path"] == first["image_path"], CLASS]
-        problem = f"{first['image_path']} stands twice, as {_some(own)}"
+        problem = f"{first['image_path']} stands twice, as {brief(own)}"
         raise _bad_line(path, first.name + 2, f"{problem}; keep one row per photo")
     return classes
 
@@ -932,17 +933,17 @@ def load_parts(
     labels = read[names[0]][1]
     for name, (table, own) in read.items():
         if own != labels or (CLASS in table) != (CLASS in read[names[0]][0]):
-            other = _some(sorted(set(own) ^ set(labels))) or "in another order or of another kind"
+            other = brief(sorted(set(own) ^ set(labels))) or "in another order or of another kind"
             raise ValueError(f"{paths[name]}: other labels than {paths[names[0]].name}: {other}.")
     parts = {name: table for name, (table, _) in read.items()}
     for one, two in itertools.combinations(names, 2):
         if shared := set(parts[one]["group_id"]) & set(parts[two]["group_id"]):
-            problem = f"group {_some(sorted(shared))} is in {one} and in {two}"
+            problem = f"group {brief(sorted(shared))} is in {one} and in {two}"
             raise ValueError(f"{folder}: {problem}; run partitioning.ipynb again.")
     trained = set(parts["train"][CLASS]) if CLASS in parts.get("train", ()) else set(labels)
     if lost := [name for name in labels if name not in trained]:
         fix = "add photos, or take it from classes.txt and the other parts"
-        raise ValueError(f"{paths['train']}: no photo of class {_some(lost)}; {fix}.")
+        raise ValueError(f"{paths['train']}: no photo of class {brief(lost)}; {fix}.")
     return parts, labels
 
 
@@ -969,7 +970,7 @@ def class_numbers(names: pd.Series, classes: Sequence[str]) -> Array:
     """Return the place of each name in `classes`, (N,) of int64, -1 for NaN."""
     numbers = pd.Index(classes).get_indexer(names).astype(np.int64)
     if lost := sorted(set(names[numbers < 0].dropna())):
-        raise ValueError(f"class {_some(map(repr, lost))}: none of the classes {_some(classes)}.")
+        raise ValueError(f"class {brief(map(repr, lost))}: none of the classes {brief(classes)}.")
     return numbers
 
 
@@ -1067,7 +1068,7 @@ def make_transforms(
     "rand-m9-n2-mstd0.5") takes the place of the colour jitter; a rectangle becomes noise
     (arXiv 1708.04896) with the probability `random_erasing`.
     """
-    _check_choice("view", view, VIEWS)
+    check_choice("view", view, VIEWS)
     if not 0 <= random_erasing <= 1:
         raise ValueError(f"random_erasing={random_erasing}: expected a probability from 0 to 1.")
     config = model.data_config
@@ -1127,7 +1128,7 @@ class DataPartition(Dataset):
         self.exclusive = CLASS in df
         wanted = ("image_path", *(() if self.exclusive else label_columns))
         if missing := [c for c in wanted if c not in df.columns]:
-            raise ValueError(f"the partition has no column {_some(missing)}.")
+            raise ValueError(f"the partition has no column {brief(missing)}.")
         self.paths = df["image_path"]
         self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
         targets = read_targets(df, self.label_columns)  # (N,) or (N, L)
@@ -1344,7 +1345,7 @@ class OutOfFold:
             raise ValueError("probs, folds and groups have different lengths.")
         leaks = pd.Series(self.folds).groupby(self.groups).nunique().loc[lambda n: n > 1].index
         if len(leaks):
-            raise ValueError(f"not out of fold: {_some(leaks)} stand in several folds.")
+            raise ValueError(f"not out of fold: {brief(leaks)} stand in several folds.")
         if np.isnan(self.probs).any() or len(set(self.folds)) < 2:
             raise ValueError("not out of fold: a row was left out by no fold; use out_of_fold.")
 
@@ -1390,7 +1391,7 @@ class CSRA(nn.Module):
 
     def __init__(self, num_features: int, num_labels: int, heads: int = 1, lam: float = 0.1):
         super().__init__()
-        _check_choice("heads", heads, self.TEMPERATURES)
+        check_choice("heads", heads, self.TEMPERATURES)
         if not 0 <= lam < float("inf"):
             raise ValueError(f"lam={lam}: the weight of the attention must be 0 or more.")
         self.lam = lam
@@ -1573,14 +1574,14 @@ def build_model(
         head_bias: the logits that the head starts from (L,), see `base_rate_logits`; None: zeros.
         **kwargs: options of `CSRA` or `MLDecoder` go to the head, all else to timm.
     """
-    _check_choice("head", head, HEADS)
+    check_choice("head", head, HEADS)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-        raise ValueError(f"timm has no model {name!r}; did you mean {_some(close) or 'another'}?")
+        raise ValueError(f"timm has no model {name!r}; did you mean {brief(close) or 'another'}?")
     options = {key: [*inspect.signature(h).parameters][2:] for key, h in HEADS.items() if h}
     head_kwargs = {key: kwargs.pop(key) for key in [*kwargs] if key in options.get(head, ())}
     if foreign := kwargs.keys() & set(itertools.chain(*options.values())):
-        raise ValueError(f"the {head} head has no option {_some(sorted(foreign))}.")
+        raise ValueError(f"the {head} head has no option {brief(sorted(foreign))}.")
     stages = len(kwargs.get("depths", range(4)))
     note = _read_note(Path(pretrained), stages) if pretrained and pretrained is not True else {}
     if timm.models.model_entrypoint(name).__module__.endswith("swin_transformer_v2"):
@@ -1749,7 +1750,7 @@ def _load_file(model, name, path, rename):
     lost = [k for k in missing if not k.startswith(new)]
     lost = [k for k in lost if not k.endswith("num_batches_tracked")]  # files of old torch lack it
     if lost:
-        problem = f"lacks {len(lost)} of {len(own)} weights of {name} in its shape: {_some(lost)}"
+        problem = f"lacks {len(lost)} of {len(own)} weights of {name} in its shape: {brief(lost)}"
         raise ValueError(f"{path}: {problem}.")
 
 
@@ -2020,7 +2021,7 @@ class MaskedLoss(nn.Module):
         super().__init__()
         name = _fitting_loss(name, targets.ndim == 1)
         if name == "ce" and (class_weights is not None or kwargs):
-            raise ValueError(f"loss='ce' takes no {_some(kwargs or ['class_weights'])}.")
+            raise ValueError(f"loss='ce' takes no {brief(kwargs or ['class_weights'])}.")
         if name != "ce" and label_smoothing:
             raise ValueError("label_smoothing goes with loss='ce', one class an image.")
         if kwargs.get("bce_sum"):
@@ -2085,7 +2086,8 @@ def _logits_of(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 
     return sum(model(view) for view in views) / len(views)
 
 
-def _to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
+def to_probs(logits: torch.Tensor, exclusive: bool) -> np.ndarray:
+    """Return probabilities of the same shape, of labels each on its own or of exclusive classes."""
     logits = logits.float()
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).cpu().numpy()
 
@@ -2129,7 +2131,7 @@ def _check_options(names: Iterable[str], known: Sequence[str] = ()) -> None:
     known = known or list(TrainConfig.__dataclass_fields__)
     for name in sorted(set(names) - set(known)):
         nearest = difflib.get_close_matches(name.lower(), known, 1, 0)[0]
-        expected = f"expected some of {_some(known)}"
+        expected = f"expected some of {brief(known)}"
         raise ValueError(f"no option {name}; {expected}; did you mean {nearest}?")
 
 
@@ -2166,6 +2168,7 @@ class TrainConfig:
     rand_augment: str | None = _option(None, "e.g. rand-m6-n2, in place of colour jitter")
     drop_rate: float = _option(0.0, "dropout before the head", _BELOW_1)
     flip_test: bool = _option(False, "answer for a photo and its mirror image together")
+    rolls: int = _option(1, "and for so many turns of a panorama, up to 64", _FROM_1)
     head: str = _option("linear", "linear, csra or mldecoder")
     # What is trained from what, where.
     head_kwargs: dict = _option(dict, "options of the head, e.g. lam of csra")
@@ -2189,7 +2192,7 @@ class TrainConfig:
         for option in fields(self):
             name, value, values = option.name, getattr(self, option.name), option.metadata["values"]
             if isinstance(values, tuple):
-                _check_choice(name, value, values)
+                check_choice(name, value, values)
             kinds = get_args(option.type) or (option.type,)
             taken = (*kinds, int) if float in kinds else kinds
             fits = isinstance(value, taken) and (bool in kinds or not isinstance(value, bool))
@@ -2198,6 +2201,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={value!r}: expected {expected}.")
             if dict in kinds:  # tuples become lists, as in config.json
                 setattr(self, name, json.loads(json.dumps(value)))
+        if self.rolls > 1 and self.view == "half":
+            raise ValueError(f"rolls={self.rolls}: only panoramas turn; a turned half has a seam.")
 
     @classmethod
     def recipe(cls, pretrained: bool | str, n_images: int, **changes: Any) -> "TrainConfig":
@@ -2228,7 +2233,7 @@ class TrainConfig:
         return self.img_width // (2 if self.view == "panorama" else 1), self.img_width
 
 
-_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test"}
+_FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "rolls"}
 TUNABLE = list(TrainConfig.__dataclass_fields__)
 TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
 
@@ -2280,12 +2285,13 @@ def choose_test_size(trainer: "Trainer", *others: DataPartition) -> tuple[Array,
     `compare_scores` that is returned. It is None where `test_scale` says the size, or the network.
     """
     config, val, model = trainer.config, trainer.val_set, trainer.plain
-    probs = trainer.predict(val, flip=config.flip_test)
+    both = {"flip": config.flip_test, "rolls": config.rolls}
+    probs = trainer.predict(val, **both)
     if config.test_scale is not None or not _look_at(model, config, 9 / 7):
         return probs, None
     larger = copy.copy(val)
     larger.transform = make_transforms(model, False, config.view)
-    found = trainer.predict(larger, flip=config.flip_test)
+    found = trainer.predict(larger, **both)
     answers = val.targets, found, probs, val.label_columns, val.groups
     versus = compare_scores(*answers, seed=config.seed).iloc[-1]  # mAP, or top-1
     if versus["difference"] <= (versus["high"] - versus["low"]) / 3.92:  # 95 %: 2 × 1.96
@@ -2478,7 +2484,7 @@ class Trainer:
         if config.compile:
             model.compile()
         groups = _parameter_groups(model, config)
-        optimizer = create_optimizer_v2(groups, "adamw", lr=config.learning_rate)
+        optimizer = create_optimizer_v2(groups, "adamw", lr=config.learning_rate, fused=True)
         loader = make_loader(train_set, config.batch_size, True, config.num_workers, config.seed)
         self.generator = loader.generator
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
@@ -2550,7 +2556,7 @@ class Trainer:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
         changed = [k for k, v in asdict(self.config).items() if config[k] != v and k not in _FREE]
         if changed:
-            raise ValueError(f"{start} another {_some(changed)}; restore it to resume, {again}.")
+            raise ValueError(f"{start} another {brief(changed)}; restore it to resume, {again}.")
         for what, now in self.circumstances.items():
             before = state.get(what, now)
             may_differ = what == "precision" and "fp16" not in (before, now)  # another machine
@@ -2558,11 +2564,16 @@ class Trainer:
                 found = f"{what}={before!r}, now it is {now!r}"
                 raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
 
-    def predict(self, dataset: Dataset, weights: str = "current", flip: bool = False) -> np.ndarray:
+    def predict(
+        self, dataset: Dataset, weights: str = "current", flip: bool = False, rolls: int = 1
+    ) -> np.ndarray:
         """Return probabilities (N, L); weights="ema": the moving average; flip: both ways round."""
-        return _to_probs(self._predict_logits(dataset, weights, flip), self.config.loss == "ce")
+        logits = self._predict_logits(dataset, weights, flip, rolls)
+        return to_probs(logits, self.config.loss == "ce")
 
-    def _predict_logits(self, dataset: Dataset, weights: str, flip: bool = False) -> torch.Tensor:
+    def _predict_logits(
+        self, dataset: Dataset, weights: str, flip: bool = False, rolls: int = 1
+    ) -> torch.Tensor:
         model, accelerator = self.ema.module if weights == "ema" else self.model, self.accelerator
         model.eval()
         ranks = accelerator.num_processes, accelerator.process_index
@@ -2576,7 +2587,8 @@ class Trainer:
         logits = [torch.empty(0, len(dataset.label_columns), device=accelerator.device)]
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
-                found = _logits_of(model, images.contiguous(memory_format=self.layout), flip)
+                images = images.contiguous(memory_format=self.layout)
+                found = _logits_of(model, images, flip, rolls)
                 logits.append(accelerator.gather_for_metrics(found).float())
         return torch.cat(logits)
 
@@ -2650,7 +2662,7 @@ class Trainer:
             problem = f"the model answers NaN after epoch {self.epoch + 1}"
             raise FloatingPointError(f"{problem}; lower learning_rate.")
         targets = torch.tensor(self.val_set.targets, device=logits.device)
-        probs = _to_probs(logits, self.config.loss == "ce")
+        probs = to_probs(logits, self.config.loss == "ce")
         scores = {"val_loss": self.criterion(logits, targets).item()}
         scores |= {"val_mAP": mean_average_precision(self.val_set.targets, probs)}
         if self.config.loss == "ce":
@@ -2774,19 +2786,27 @@ def mean_average_precision(targets: Array, probs: Array) -> float:
     return float(np.nanmean(ap)) if np.isfinite(ap).any() else float("nan")
 
 
-def _most_probable(probs: Array) -> Array:
-    return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]  # (N, L), true once a row
+def decide(probs: Array, cuts: Cuts) -> Array:
+    """Return what is said to be present, (N, L); "argmax": the most probable class alone."""
+    if isinstance(cuts, str) and cuts == "argmax":
+        return np.arange(probs.shape[1]) == probs.argmax(1)[:, None]
+    return probs >= np.asarray(cuts, float)
+
+
+def to_cells(targets: Any, num_labels: int) -> Array:
+    """Return targets as cells (N, L): 1, 0, NaN for unknown; of class numbers one is 1 a row."""
+    if (targets := np.asarray(targets)).ndim == 2:
+        return np.asarray(targets, float)
+    cells = (targets[:, None] == np.arange(num_labels)).astype(np.float32)
+    cells[targets < 0] = np.nan
+    return cells
 
 
 def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
-    """Return both as float (N, L), class numbers as 0 and 1, unknown ones NaN; no NaN in probs."""
+    """Return both as float (N, L); probabilities that are NaN are refused."""
     if np.isnan(probs := np.asarray(probs, float)).any():
         raise ValueError("probs holds NaN; leave out the images that could not be read.")
-    if (targets := np.asarray(targets)).ndim == 1:  # numbers of classes, -1 for unknown
-        shares = (targets[:, None] == np.arange(probs.shape[1])).astype(np.float32)
-        shares[targets < 0] = np.nan
-        return shares, probs
-    return np.asarray(targets, float), probs
+    return to_cells(targets, probs.shape[1]), probs
 
 
 def rank_classes(targets: Array, probs: Array) -> Array:
@@ -2802,8 +2822,7 @@ def _replicates(
     """Return every score for the data itself (row 0) and for bootstrap samples of groups."""
     numbers, (targets, probs) = np.asarray(targets), _as_scored(targets, probs)
     known, true = ~np.isnan(targets), targets >= 0.5
-    is_top1 = numbers.ndim == 1 or (isinstance(thresholds, str) and thresholds == "argmax")
-    predicted = _most_probable(probs) if is_top1 else probs >= np.asarray(thresholds, float)
+    predicted = decide(probs, "argmax" if numbers.ndim == 1 else thresholds)
     index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
     n_groups = index.max() + 1
     rates = np.full(n_groups, 1 / n_groups)
@@ -2980,7 +2999,7 @@ def find_optimal_thresholds(
         min_precision: instead, the highest recall at this precision or better; not with "shrunk".
         min_positives: a label with fewer falls back to the global threshold; see "source".
     """
-    _check_choice("mode", mode, ("per_label", "global", "shrunk"))
+    check_choice("mode", mode, ("per_label", "global", "shrunk"))
     if mode == "shrunk" and min_precision is not None:
         raise ValueError("min_precision goes with mode='per_label' or 'global'.")
     targets, probs = _as_scored(targets, probs)
@@ -3075,15 +3094,24 @@ def fit_calibration(
 
 
 def find_bands(
-    probs: Array, targets: Array, precision: float = 0.95, min_positives: int = 10
+    probs: Array,
+    targets: Array,
+    precision: float = 0.95,
+    min_positives: int = 10,
+    exclusive: bool = False,
 ) -> Array:
     """Return (2, L): absent is said below the first, present from the second probability on.
 
     Of what is said either way, at least that share is right on validation; labels with (or
     without) fewer than `min_positives` take the bounds of all labels together. Below 0 or
-    above 1: never said.
+    above 1: never said. Of `exclusive` classes the most probable one is said from one bound on.
     """
     targets, probs = _as_scored(targets, probs)
+    if exclusive:
+        judged = ~np.isnan(targets).any(1)
+        right = (targets.argmax(1) == probs.argmax(1))[judged, None].astype(float)
+        high = find_bands(probs.max(1)[judged, None], right, precision, min_positives)[1]
+        return np.outer([0, 1], high.repeat(probs.shape[1]))
     bounds = []
     for p, y in ((1 - probs, 1 - targets), (probs, targets)):
         cuts, reached = _best_cuts(y, p, 1.0, precision)
@@ -3099,20 +3127,16 @@ def _choose_rules(
     """Return what turns probabilities on validation into answers, calibration first."""
     calibration = fit_calibration(probs, targets, groups, exclusive)
     probs = calibrate(probs, calibration, exclusive)
-    if exclusive:  # the one class that is said is right, or nothing is said
-        targets, probs = _as_scored(targets, probs)
-        judged = ~np.isnan(targets).any(1)
-        right = (targets.argmax(1) == probs.argmax(1))[judged, None].astype(float)
-        high = find_bands(probs.max(1)[judged, None], right)[1]
-        return {"calibration": calibration, "bands": np.outer([0, 1], high.repeat(len(labels)))}
-    found = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
-    bands = find_bands(probs, targets)
-    return {"calibration": calibration, "thresholds": found["threshold"], "bands": bands}
+    rules = {"calibration": calibration, "bands": find_bands(probs, targets, exclusive=exclusive)}
+    if not exclusive:
+        found = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
+        rules["thresholds"] = found["threshold"]
+    return rules
 
 
 def _combine(probs: Array, panorama: Sequence, combine: str) -> Array:
     """Return a probability (P, L) of the views (N, L); "noisy-or": as if they were independent."""
-    _check_choice("combine", combine, COMBINE)
+    check_choice("combine", combine, COMBINE)
     if combine == "noisy-or":
         return 1 - (1 - pd.DataFrame(probs)).groupby(panorama, sort=False).prod().to_numpy()
     return pd.DataFrame(probs).groupby(panorama, sort=False).agg(combine).to_numpy()
@@ -3178,8 +3202,8 @@ class Classifier:
     usual: dict[str, list[float]] | None = None  # features of known photos, see `remember`
 
     def __post_init__(self) -> None:
-        _check_choice("view", self.view, VIEWS)
-        _check_choice("activation", self.activation, ("sigmoid", "softmax"))
+        check_choice("view", self.view, VIEWS)
+        check_choice("activation", self.activation, ("sigmoid", "softmax"))
         model, whole = self.model, self.panorama_thresholds
         self.labels, self.thresholds = list(self.labels), np.asarray(self.thresholds, float)
         self.panorama_thresholds = np.asarray(self.thresholds if whole is None else whole, float)
@@ -3191,15 +3215,20 @@ class Classifier:
         self._check_rules()
         columns = ["image", "part", *self.labels, *(f"{name}_prob" for name in self.labels)]
         if twice := [name for name in self.labels if columns.count(name) > 1]:
-            raise ValueError(f"labels {_some(twice)}: names of columns of the table; rename them.")
+            raise ValueError(f"labels {brief(twice)}: names of columns of the table; rename them.")
         self.device = _fastest_device()
         self.model = model.to(self.device, memory_format=_memory_format(model)).eval()
         self.transform = make_transforms(model, train=False)
         self.img_size = _needed_size(self.transform)  # height, width of what it looks at
 
+    @property
+    def cuts(self) -> Array | str:
+        """What `decide` and the scores take: thresholds, or "argmax" of exclusive classes."""
+        return "argmax" if self.exclusive else self.thresholds
+
     def _check_rules(self) -> None:
         """Make arrays of calibrations and bands, (2, L), and of what is usual."""
-        _check_choice("combine", self.combine, COMBINE)
+        check_choice("combine", self.combine, COMBINE)
         self.combine = "mean" if self.exclusive else self.combine
         if self.rolls not in range(1, 2 if self.view == "half" else 65):
             raise ValueError("rolls (1 to 64) turn whole panoramas; a turned half has a seam.")
@@ -3333,7 +3362,7 @@ class Classifier:
         panorama=False,
         abstain=False,
     ):
-        _check_choice("unreadable", unreadable, ("raise", "skip"))
+        check_choice("unreadable", unreadable, ("raise", "skip"))
         if abstain and self.bands is None:
             raise ValueError("abstain=True needs the bands that from_validation chooses.")
         flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
@@ -3350,7 +3379,7 @@ class Classifier:
                 logits = _logits_of(
                     self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls
                 )
-                answers = _to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
+                answers = to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
                 busy += time.perf_counter() - start
                 probs.append(answers[good])
                 names += itertools.compress(found, good)
@@ -3378,7 +3407,7 @@ class Classifier:
         that this process did in this call, per second too, and how long its model waited (0 to 1).
         """
         path, state, start, busy, n = Path(path), _this_process(), time.perf_counter(), 0.0, 0
-        _check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
+        check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
         parts, main = path.with_name(f"{path.name}.parts"), state.is_main_process
         if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
             raise ImportError(f"{path}: pip install pyarrow first, or take the suffix .csv.")
@@ -3448,7 +3477,7 @@ class Classifier:
             low, cuts = np.stack([getattr(self, f"{level}bands") for level in levels], axis=1)
             sure = probs.max(-1, keepdims=True) if self.exclusive else probs
             unsure = ((sure >= low) & (sure < cuts)).reshape(rows.shape)
-        present = _most_probable(rows) if self.exclusive else (probs >= cuts).reshape(rows.shape)
+        present = decide(rows, "argmax") if self.exclusive else (probs >= cuts).reshape(rows.shape)
         table = pd.DataFrame(present.astype(int), columns=self.labels)
         table = table.astype("Int64").mask(unsure) if abstain else table
         lines = [name for name in names for _ in parts]
@@ -3495,7 +3524,7 @@ class Classifier:
         The attention of the head (linear: the class activation map), see `overlay_heat_map`. Of a
         panorama, maps of halves stand side by side, (H, 2W), each as strong as its probability.
         """
-        _check_choice("label", label, self.labels)
+        check_choice("label", label, self.labels)
         halves, index = panorama and self.view == "half", self.labels.index(label)
         views, _, problem = _Views([image], self.transform, panorama, halves)[0]
         if problem:
@@ -3503,7 +3532,7 @@ class Classifier:
         views = views.to(self.device)
         with torch.inference_mode():
             maps = _label_maps(self.model, views, index).cpu()
-            probs = self.calibrate(_to_probs(self.model(views), self.exclusive))[:, index]
+            probs = self.calibrate(to_probs(self.model(views), self.exclusive))[:, index]
         maps = F.interpolate(maps[:, None], views.shape[2:])[:, 0].numpy()
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
@@ -3560,7 +3589,7 @@ def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
     before = _read_state(plan, fix)
     changed = [key for key, value in run.items() if before.get(key) != value]
     if changed:
-        problem = f"{parts}: not begun with these {_some(changed)}"
+        problem = f"{parts}: not begun with these {brief(changed)}"
         raise ValueError(f"{problem}; restore them to go on, or {fix}.")
     if not photos.is_file() or _sha256(photos) != before.get("list"):
         raise ValueError(f"{photos}: no longer the list that was begun with; {fix}.")
@@ -3691,7 +3720,7 @@ def _check_description(content: dict) -> None:
         "head_kwargs should be whole numbers from 1 to 16384": all(
             v is None or type(v) is int and 0 < v <= 16_384 for v in sizes
         ),
-        f"model_kwargs may not hold {_some(sorted(reaching))}": not reaching,
+        f"model_kwargs may not hold {brief(sorted(reaching))}": not reaching,
     }
     problem = next((problem for problem, is_met in rules.items() if not is_met), None)
     if problem:
@@ -3732,17 +3761,15 @@ def show_images(
     return figure
 
 
-def show_predictions(part: DataPartition, probs: Array, thresholds: Any, seed: int = 42) -> None:
+def show_predictions(part: DataPartition, probs: Array, cuts: Cuts, seed: int = 42) -> None:
     """Draw nine photos of a part; below each, of what is known, what is right, missed and wrong."""
     shown = np.sort(np.random.default_rng(seed).permutation(len(part.paths))[:9])
     figure = show_images([part.paths[i] for i in shown], columns=3)
     figure.get_layout_engine().set(h_pad=0.28)  # inches: room for the lines below
-    present, reported = part.targets >= 0.5, probs >= np.asarray(thresholds)
-    kinds = [
-        ("right", present & reported, "tab:green"),
-        ("missed", present & ~reported, "chocolate"),
-    ]
-    kinds += [("wrong", (part.targets < 0.5) & reported, "tab:red")]
+    cells, reported = to_cells(part.targets, len(part.label_columns)), decide(probs, cuts)
+    kinds = [("right", (cells >= 0.5) & reported, "tab:green")]
+    kinds += [("missed", (cells >= 0.5) & ~reported, "chocolate")]
+    kinds += [("wrong", (cells < 0.5) & reported, "tab:red")]
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
     for i, axis in zip(shown, figure.axes):
         below = 3  # points
@@ -3764,15 +3791,20 @@ def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> 
     return np.rint(255 * drawn).astype(np.uint8)
 
 
-def plot_comparison(table: pd.DataFrame) -> plt.Figure:
-    """Draw the AP differences of `compare_scores` with their 95 % intervals, the mAP apart."""
-    order = [*table.index.drop("mAP")[np.argsort(table["difference"].drop("mAP"))], "mAP"]
-    rows = table.loc[order]
+def plot_comparison(table: pd.DataFrame, most: int = 30) -> plt.Figure:
+    """Draw the AP differences of `compare_scores` with 95 % intervals, those of all labels apart.
+
+    Of more than `most` labels the ones that differ most, either way.
+    """
+    last = [name for name in ("top-1", "mAP") if name in table.index]
+    labels = table["difference"].drop(last).sort_values().index
+    labels = labels if len(labels) <= most else [*labels[: most // 2], *labels[-most // 2 :]]
+    rows = table.loc[[*labels, *last]]
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(rows) + 0.9), layout="constrained")
     error = np.stack([rows["difference"] - rows["low"], rows["high"] - rows["difference"]])
-    axis.errorbar(rows["difference"], order, xerr=error.clip(0), fmt="o", color="tab:blue")
+    axis.errorbar(rows["difference"], rows.index, xerr=error.clip(0), fmt="o", color="tab:blue")
     axis.axvline(0, ls=":", color="grey")
-    axis.axhline(len(rows) - 1.5, lw=0.5, color="grey")
+    axis.axhline(len(labels) - 0.5, lw=0.5, color="grey")
     axis.set_xlabel("← baseline better   difference in AP, 95 % interval   this model better →")
     return figure
 
@@ -3824,11 +3856,11 @@ def finish_run(trainer: Trainer) -> Classifier:
     """Choose size and rules on validation, save best_classifier.json, load what was saved."""
     config, part = trainer.config, trainer.val_set
     probs, _ = choose_test_size(trainer)
-    options = {"view": config.view, "flip": config.flip_test}
+    options = {"view": config.view, "flip": config.flip_test, "rolls": config.rolls}
     options["activation"] = "softmax" if config.loss == "ce" else "sigmoid"
     classifier = Classifier.from_validation(trainer.plain, part, probs, **options)
-    cuts = "argmax" if classifier.exclusive else classifier.thresholds
-    scores = summarize_scores(part.targets, classifier.calibrate(probs), cuts, n_bootstrap=0)
+    answers = part.targets, classifier.calibrate(probs), classifier.cuts
+    scores = summarize_scores(*answers, n_bootstrap=0)
     classifier.remember(trainer.loader.dataset.paths, config)
     path = classifier.save(trainer.run_dir, scores["value"].round(4).to_dict())
     return Classifier.load(path, part.label_columns)
@@ -3927,8 +3959,10 @@ def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> l
     groups = pd.Series(part.groups, dtype=str)
     sites = {}
     for site, rows in groups.groupby(groups.str.split("/").str[0], sort=False).indices.items():
-        scores = summarize_scores(*(x[rows] for x in answers), cut, n_bootstrap=0)["value"]
-        sites[site] = pd.Series({"photos": len(rows)} | scores.to_dict())
+        draws = 500 if len(set(groups[rows])) > 1 else 0  # one group: no interval
+        found = summarize_scores(*(x[rows] for x in answers), cut, groups[rows], draws, seed)
+        ends = found.loc["mAP", ["low", "high"]].rename("mAP {}".format)
+        sites[site] = pd.concat([pd.Series({"photos": len(rows)}), found["value"], ends])
     said = f"Intervals of 95 % by a bootstrap of whole groups. Too few to judge: {few}."
     overall = summarize_scores(*answers, cut, part.groups, seed=seed)
     by_site = pd.DataFrame(sites).T.astype({"photos": int})
@@ -3986,7 +4020,7 @@ def write_report(run_dir: PathLike, most: int = 8) -> Path:
     part = DataPartition(part, labels)
     table = used.predict(part.paths, config.batch_size, config.num_workers)
     probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
-    cut = "argmax" if used.exclusive else used.thresholds
+    cut = used.cuts
     sections = {
         "Data": _report_data(parts, labels),
         "Training": _report_training(config, history, used.description),

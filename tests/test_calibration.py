@@ -299,6 +299,26 @@ def test_answer_does_not_turn_with_the_sphere_when_rolls_are_averaged():
         du.Classifier(once.model, LABELS, [0.5] * 2, "half", rolls=4)
 
 
+def test_rolls_of_the_settings_are_used_for_the_rules_and_saved(tmp_path):
+    with pytest.raises(ValueError, match="rolls=4: only panoramas turn"):
+        du.TrainConfig(rolls=4)
+    table = pd.DataFrame({"image_path": [str(tmp_path / f"{i}.png") for i in range(6)]})
+    for i, path in enumerate(table["image_path"]):
+        photo(i).save(path)
+    table[LABELS] = [[i % 2, (i + 1) % 2] for i in range(6)]
+    config = du.TrainConfig(epochs=1, view="panorama", rolls=4, precision="no")
+    model = tiny_model((32, 64))
+    part = du.DataPartition(table, LABELS, du.make_transforms(model, False, "panorama"))
+    trainer = du.Trainer(model, part, part, config, tmp_path / "run")
+    once, often = trainer.predict(part), trainer.predict(part, rolls=4)
+    assert np.abs(once - often).max() > 1e-4
+    used = du.Classifier.from_validation(model, part, often, "panorama", rolls=4)
+    trainer.config.cache_dir = None
+    found = du.finish_run(trainer)
+    assert found.rolls == 4
+    assert found.thresholds.tolist() == pytest.approx(used.thresholds.tolist())
+
+
 @pytest.mark.parametrize("head", ["linear", "csra"])
 def test_photo_unlike_the_known_ones_is_flagged(tmp_path, head):
     for i in range(24):

@@ -98,6 +98,21 @@ def test_sites_are_scored_apart(page):
     assert [cells(page, f"site {i}")[0][0] for i in (0, 1)] == ["2", "2"]
 
 
+def test_site_of_several_groups_has_an_interval_and_one_of_a_single_group_none():
+    table = pd.DataFrame({"image_path": [f"{i}.jpg" for i in range(8)]})
+    table["group_id"] = ["a/1", "a/1", "a/2", "a/2", "a/3", "a/3", "b/1", "b/1"]
+    table["tree"] = [1, 0, 1, 0, 1, 0, 1, 0]
+    probs = np.array([0.9, 0.1, 0.8, 0.2, 0.3, 0.7, 0.6, 0.4])[:, None]
+    part = du.DataPartition(table, ["tree"])
+    by_site = du._report_scores(part, probs, 0.5, 0)[-1]
+    assert by_site["photos"].tolist() == [6, 2]
+    # ranked: 1, 1, 0, 1, 0, 0
+    assert by_site["mAP"].tolist() == pytest.approx([(1 + 1 + 3 / 4) / 3, 1])
+    low, high = by_site.loc["a", ["mAP low", "mAP high"]]
+    assert (low, high) == pytest.approx((0.5, 1))  # group 3 three times, and without it
+    assert by_site.loc["b", ["mAP low", "mAP high"]].isna().all()
+
+
 def test_report_of_classes_counts_them_and_takes_the_most_probable(tmp_path):
     rng, folder = np.random.default_rng(0), tmp_path / "partitions"
     for part, classes in {"train": ["sea", "land"], "val": ["sea"], "test": ["land", ""]}.items():
