@@ -448,7 +448,7 @@ def undecided(survey, tmp_path):
         trainer = du.Trainer(model, sets["train"], sets["val"], config, tmp_path / "run")
         truth = sets["val"].targets
 
-        def predict(part, flip=False):
+        def predict(part, flip=False, rolls=1):
             wrong = at_64 if part[0][0].shape[-1] == 64 else at_96  # so many answers turned round
             return np.abs(truth - 0.1 - 0.8 * (np.arange(truth.size) < wrong).reshape(truth.shape))
 
