@@ -26,7 +26,8 @@ matplotlib.use("Agg")  # not by environment variable: notebook kernels would inh
 os.environ["TQDM_MININTERVAL"] = "30"
 if n := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each process has cores of its own
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(n), 1)))
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+# Processes of pytest-xdist inherit the next line but one, so what stood there has another name.
+GPUS = os.environ.setdefault("NOTEBOOK_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # unit tests compare bits; the notebooks get the GPU back
 
 
@@ -46,13 +47,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.output_timeout = 60
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
+class GpusForNotebooks:
     """Show the GPUs to the kernels of the notebooks alone."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if item.path.suffix == ".ipynb":
-        os.environ.pop("CUDA_VISIBLE_DEVICES")
-        os.environ.update({} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS})
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if item.path.suffix == ".ipynb":
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            os.environ.update({} if GPUS == "all" else {"CUDA_VISIBLE_DEVICES": GPUS})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A hook of this file alone would not be called for notebooks, which lie in another folder."""
+    config.pluginmanager.register(GpusForNotebooks())
 
 
 class SideBySide(LoadScopeScheduling):

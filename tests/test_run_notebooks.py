@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def test_figure_of_results_has_the_seeds_of_the_tables(tmp_path):
 CELLS = (
     "from pathlib import Path",
     "assert all(Path(f'{name}.done').exists() for name in NEEDED)",
+    "import os\nfound = os.environ.get('CUDA_VISIBLE_DEVICES')\nassert found == '7', found",
     "Path(f'{NAME}.done').touch()",
 )
 
@@ -111,7 +113,9 @@ def test_notebooks_run_side_by_side_after_those_that_they_need(tmp_path):
         (tmp_path / "tests" / f"test_{i}.py").write_text("def test_it():\n    pass\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-n", "2", "--nbval-lax", "-q"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    clean = {key: value for key, value in os.environ.items() if key != "NOTEBOOK_GPUS"}
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, **options, env=clean | {"CUDA_VISIBLE_DEVICES": "7"})
     n_cells = len(shown) * (1 + len(CELLS))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert f"{n_cells + 3} passed" in done.stdout
