@@ -134,7 +134,7 @@ def _is_main() -> bool:
     return not launched or os.environ["RANK"] == "0"
 
 
-def _this_process() -> PartialState:
+def this_process() -> PartialState:
     """Return which process of `accelerate launch` this is; sets its GPU."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
@@ -1947,7 +1947,7 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
 
 def _fastest_device() -> str:
     if "LOCAL_RANK" in os.environ:  # `accelerate launch`: "cuda" becomes the GPU of this process
-        return _this_process().device.type
+        return this_process().device.type
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return next((name for name, is_there in found.items() if is_there), "cpu")
 
@@ -3260,7 +3260,7 @@ class Classifier:
         with _alone_in(path.parent, trained_in):
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
             _write_json(path, content | {"validation": metrics or {}, "versions": versions})
-        _this_process().wait_for_everyone()
+        this_process().wait_for_everyone()
         return path
 
     @classmethod
@@ -3406,7 +3406,7 @@ class Classifier:
         in failed.csv (x_failed.csv beside x_predictions.csv), with the reason. Returns the photos
         that this process did in this call, per second too, and how long its model waited (0 to 1).
         """
-        path, state, start, busy, n = Path(path), _this_process(), time.perf_counter(), 0.0, 0
+        path, state, start, busy, n = Path(path), this_process(), time.perf_counter(), 0.0, 0
         check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
         parts, main = path.with_name(f"{path.name}.parts"), state.is_main_process
         if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
