@@ -171,7 +171,8 @@ def _writing(path: Path, how: str = "what stood there is unchanged, run this aga
         ours |= isinstance(error, _CannotWrite)
         if not ours and not re.search(_CUT_OFF, str(error)):
             raise
-        raise _CannotWrite(path, getattr(error, "strerror", None) or _reason(error), how) from None
+        said = getattr(error, "strerror", None) or first_line(error)
+        raise _CannotWrite(path, said, how) from None
 
 
 def _write_json(path: PathLike, content: Any) -> None:
@@ -200,7 +201,7 @@ def brief(names: Iterable[Any], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return the first line of what an error says, or its type."""
     return [*str(error).splitlines(), type(error).__name__][0].rstrip(". ")
 
@@ -1744,7 +1745,7 @@ def _load_file(model, name, path, rename):
         state = {k: state[k] for k in found if found[k] == kinds[k]}
         missing = model.load_state_dict(state, strict=False).missing_keys
     except Exception as error:
-        problem = f"not a state dict that is safe to load ({_reason(error)})"
+        problem = f"not a state dict that is safe to load ({first_line(error)})"
         raise ValueError(f"{path}: {problem}.") from None
     new = tuple(f"{n}." for n, m in model.named_modules() if m in _last_layers(model))
     lost = [k for k in missing if not k.startswith(new)]
@@ -2324,10 +2325,7 @@ def start_from_probe(
     own["learning_rate"] = model.get_classifier().frozen_rate
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**own), folder)
-        history = trainer.fit()
-        if trainer.stopped:  # the stop button ends all of it
-            raise KeyboardInterrupt
-        return history["val_mAP"].max()
+        return trainer.fit_whole()["val_mAP"].max()
 
 
 def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
@@ -2518,6 +2516,15 @@ class Trainer:
                 self._end_epoch(0, float("nan"), 0.0)
             return self._run(after_epoch)
 
+    def fit_whole(
+        self, after_epoch: Callable[[dict[str, float]], None] | None = None
+    ) -> pd.DataFrame:
+        """Do the same as one training of many: the stop button ends what called it, too."""
+        history = self.fit(after_epoch)
+        if self.stopped:  # a half-trained one would be compared with whole ones
+            raise KeyboardInterrupt
+        return history
+
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Go on from last/ and return the whole history; settings and data must be the same."""
         with _alone_in(self.run_dir, self.accelerator.is_main_process):
@@ -2546,7 +2553,7 @@ class Trainer:
             self.epoch, self.step = (int(history[-1][name]) for name in ("epoch", "step"))
         except Exception as error:  # whatever a damaged file makes torch raise
             fix = "if it is damaged, make a new Trainer and call fit() to start again"
-            raise ValueError(f"{last}: cannot be read ({_reason(error)}); {fix}.") from None
+            raise ValueError(f"{last}: cannot be read ({first_line(error)}); {fix}.") from None
         self.history = history
 
     def _load_best(self) -> None:
@@ -3301,7 +3308,8 @@ class Classifier:
                 content |= {"activation": "sigmoid"}
             _check_description(content)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: no valid best_classifier.json: {_reason(error)}.") from None
+            problem = f"no valid best_classifier.json: {first_line(error)}"
+            raise ValueError(f"{path}: {problem}.") from None
         if labels is not None:
             _check_labels(path, content["labels"], list(labels))
         weights = _need_file(path.parent / content["weights"], f"keep it beside {path.name}")
@@ -3316,7 +3324,7 @@ class Classifier:
             model.data_config |= {key: content[key] for key in own}
             classifier = cls(model, *(content[option.name] for option in fields(cls)[1:]))
         except Exception as error:  # a stranger's values may fail anywhere inside timm
-            raise ValueError(f"{path}: no model can be made of it ({_reason(error)}).") from None
+            raise ValueError(f"{path}: no model can be made of it ({first_line(error)}).") from None
         try:
             if content["format_version"] < 3:  # a pickle, of which only plain tensors are read
                 state = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
@@ -3426,7 +3434,7 @@ class Classifier:
             with open(parts / "paths.jsonl", "rb") as lines:
                 n_photos = sum(1 for _ in lines)
             sizes = {i // chunk: min(chunk, n_photos - i) for i in range(0, n_photos, chunk)}
-            todo = [i for i, size in sizes.items() if not _is_whole(parts, i, size, example)]
+            todo = [i for i in sizes if main and not _is_whole(parts, i, sizes[i], example)]
             [todo] = broadcast_object_list([todo])  # of the first process: all see the same
             mine = set(todo[state.process_index :: state.num_processes])
             shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
@@ -4001,7 +4009,7 @@ def _read_history(path: Path) -> pd.DataFrame:
         if table.empty:
             raise ValueError("no finished epoch")
     except (KeyError, ValueError) as error:  # pandas' own errors and UnicodeDecodeError
-        raise ValueError(f"{path}: no history.csv of a training ({_reason(error)}).") from None
+        raise ValueError(f"{path}: no history.csv of a training ({first_line(error)}).") from None
     return table
 
 

@@ -275,6 +275,7 @@ def test_pruner_of_the_study_judges_from_the_second_epoch_on(nb, tmp_path):
 class FakeTrainer:
     scores = (0.2, 0.6, 0.4)
     stopped = False
+    fit_whole = du.Trainer.fit_whole
 
     def fit(self, report):
         rows = []
