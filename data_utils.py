@@ -16,9 +16,7 @@ import csv
 import difflib
 import errno
 import functools
-import glob
 import hashlib
-import importlib.util
 import inspect
 import io
 import itertools
@@ -118,7 +116,7 @@ def replacing(path: PathLike, by_all: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path.parent)
         try:
@@ -160,7 +158,7 @@ class _CannotWrite(OSError):
 
 
 @contextlib.contextmanager
-def _writing(path: Path, how: str = "what stood there is unchanged, run this again") -> Iterator:
+def writing(path: Path, how: str = "what stood there is unchanged, run this again") -> Iterator:
     """Turn what a disk refuses into one sentence; `how` says how to go on with room for it."""
     try:
         yield
@@ -175,10 +173,14 @@ def _writing(path: Path, how: str = "what stood there is unchanged, run this aga
         raise _CannotWrite(path, said, how) from None
 
 
-def _write_json(path: PathLike, content: Any) -> None:
+def write_text(path: PathLike, text: str) -> None:
+    """Write a file that is complete or absent, what is no UTF-8 in file names as an escape."""
     with replacing(path) as temporary:
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON escapes
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _write_json(path: PathLike, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def _save_weights(model: nn.Module, path: Path) -> str:
@@ -186,10 +188,11 @@ def _save_weights(model: nn.Module, path: Path) -> str:
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     with replacing(path) as temporary:  # clones: tensors that share memory are refused
         safetensors.torch.save_file(weights, temporary)
-        return _sha256(temporary)
+        return sha256(temporary)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the checksum of a file, which is read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -889,13 +892,13 @@ def read_partition(path: PathLike) -> tuple[pd.DataFrame, list[str]]:
         df = df.assign(**{CLASS: df[CLASS].mask(df[CLASS] == "")}).reset_index(drop=True)
     else:
         df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
-    return df.assign(image_path=[_seen_from_here(path, name) for name in df["image_path"]]), labels
+    return df.assign(image_path=[seen_from_here(path, name) for name in df["image_path"]]), labels
 
 
 _RAW = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
 
 
-def _seen_from_here(table: Path, name: str) -> str:
+def seen_from_here(table: Path, name: str) -> str:
     """Return where a file is that a table names, seen from the table's folder."""
     name = _RAW.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
     return os.path.normpath(os.path.join(table.parent, name)).replace(os.sep, "/")
@@ -2328,7 +2331,8 @@ def start_from_probe(
         return trainer.fit_whole()["val_mAP"].max()
 
 
-def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
+def read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, Any]:
+    """Return the JSON object that says how far something is; `fix` ends the error's sentence."""
     try:
         return _read_object(path)
     except (OSError, ValueError) as error:
@@ -2336,7 +2340,7 @@ def _read_state(path: Path, fix: str = "call fit() to start again") -> dict[str,
 
 
 @contextlib.contextmanager
-def _alone_in(
+def alone_in(
     folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
 ) -> Iterator[None]:
     """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
@@ -2436,7 +2440,7 @@ class Trainer:
         if not hasattr(model, "data_config"):  # a head alone: too small to be worth it
             return replace(config, precision="auto")
         names, last = ("precision", "channels_last"), self.run_dir / "last" / "trainer.json"
-        saved = _read_state(self.run_dir / "config.json") if last.is_file() else {}
+        saved = read_state(self.run_dir / "config.json") if last.is_file() else {}
         if all(saved.get(k) == v for k, v in asdict(config).items() if k not in {*names, *_FREE}):
             return replace(config, **{name: saved[name] for name in names})
         state, trial = PartialState(), copy.deepcopy(model)
@@ -2507,7 +2511,7 @@ class Trainer:
         """
         if self.history:
             raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
-        with _alone_in(self.run_dir, self.accelerator.is_main_process):
+        with alone_in(self.run_dir, self.accelerator.is_main_process):
             if self.accelerator.is_main_process:
                 for old in ("last", "last.tmp"):
                     _remove_resume_point(self.run_dir / old)
@@ -2527,7 +2531,7 @@ class Trainer:
 
     def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
         """Go on from last/ and return the whole history; settings and data must be the same."""
-        with _alone_in(self.run_dir, self.accelerator.is_main_process):
+        with alone_in(self.run_dir, self.accelerator.is_main_process):
             last, newer = self.run_dir / "last", self.run_dir / "last.tmp"
             if (newer / "trainer.json").is_file() and self.accelerator.is_main_process:
                 _remove_resume_point(last)  # killed before this: the only copy gets its own name,
@@ -2535,7 +2539,7 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             if not (last / "trainer.json").is_file():
                 raise FileNotFoundError(f"{self.run_dir}: no finished epoch to resume; call fit().")
-            config, state = map(_read_state, (self.run_dir / "config.json", last / "trainer.json"))
+            config, state = map(read_state, (self.run_dir / "config.json", last / "trainer.json"))
             self._check_same(asdict(TrainConfig()) | config, state)  # new options: their defaults
             self._load_last(last, state)
             return self._run(after_epoch)
@@ -2648,7 +2652,7 @@ class Trainer:
         row |= {"train_loss": train_loss} | self.validate() | {"seconds": seconds}
         row["images_per_second"] = len(self.loader.dataset) / seconds if epoch else 0.0
         best = np.nanmax([-np.inf, *map(self._score, self.history)])
-        with _writing(self.run_dir, "Trainer.resume() goes on from the last finished epoch"):
+        with writing(self.run_dir, "Trainer.resume() goes on from the last finished epoch"):
             if self._score(row) > best and self.accelerator.is_main_process:
                 model = self.ema.module if row.get("weights") == "ema" else self.plain
                 _save_weights(model, self.best_path)
@@ -3264,7 +3268,7 @@ class Classifier:
                 content[key] = None if (rule := getattr(self, key)) is None else rule.tolist()
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
         trained_in = _is_main() and (path.parent / ".lock").exists()  # a Trainer may still write
-        with _alone_in(path.parent, trained_in):
+        with alone_in(path.parent, trained_in):
             content |= {"weights": weights.name, "sha256": _save_weights(self.model, weights)}
             _write_json(path, content | {"validation": metrics or {}, "versions": versions})
         this_process().wait_for_everyone()
@@ -3346,113 +3350,43 @@ class Classifier:
         flip: bool | None = None,
         panorama: bool = False,
         abstain: bool = False,
+        bar: tqdm | None = None,
     ) -> pd.DataFrame:
         """Classify images as they are: one line each with a 0/1 decision and LABEL_prob per label.
 
         They are a PIL image, an array (H, W, 3), a path, a folder, or a list of any of these.
-        `unreadable="skip"` leaves files out, see `.attrs["unreadable"]` of the table; `flip` looks
-        at the mirror images, too, in twice the time (None: as it was saved). With `abstain`,
-        decisions that are not sure enough stay empty, see `find_bands`.
+        `unreadable="skip"` leaves files out: `.attrs["unreadable"]` of the table has names and
+        reasons; `flip` looks at the mirror images, too, in twice the time (None: as it was
+        saved). With `abstain`, decisions that are not sure enough stay empty, see `find_bands`.
+        `bar`: a tqdm bar to move, of a longer work; `.attrs["busy"]`: seconds that the model took.
         """
-        items = _as_items(images)
-        with tqdm(total=len(items), desc="classifying", leave=False, delay=2) as bar:
-            options = batch_size, num_workers, unreadable, flip, panorama, abstain
-            return self._answer(items, bar, *options)[0]
-
-    def _answer(
-        self,
-        items,
-        bar,
-        batch_size=32,
-        num_workers=0,
-        unreadable="raise",
-        flip=None,
-        panorama=False,
-        abstain=False,
-    ):
         check_choice("unreadable", unreadable, ("raise", "skip"))
         if abstain and self.bands is None:
             raise ValueError("abstain=True needs the bands that from_validation chooses.")
-        flip, halves = self.flip if flip is None else flip, panorama and self.view == "half"
-        views, busy = _Views(items, self.transform, panorama, halves), 0.0
+        items, flip = _as_items(images), self.flip if flip is None else flip
+        halves, busy = panorama and self.view == "half", 0.0
+        views = _Views(items, self.transform, panorama, halves)
         loader = make_loader(views, batch_size, num_workers=num_workers)
         loader = loader if num_workers else read_ahead(views, batch_size)
         probs, names, failed = [np.empty((0, 1 + halves, len(self.labels)))], [], []
-        with torch.inference_mode(), _autocast(self.model, self.device):
+        options = {"desc": "classifying", "leave": False, "delay": 2}
+        own = tqdm(total=len(items), **options) if bar is None else contextlib.nullcontext(bar)
+        with torch.inference_mode(), _autocast(self.model, self.device), own as bar:
             for batch, found, problems in loader:
                 failed += [(name, problem) for name, problem in zip(found, problems) if problem]
                 if failed and unreadable == "raise":
                     raise OSError(failed[0][1])
                 start, good = time.perf_counter(), [not problem for problem in problems]
-                logits = _logits_of(
-                    self.model, batch.flatten(0, 1).to(self.device), flip, self.rolls
-                )
+                photos = batch.flatten(0, 1).to(self.device)
+                logits = _logits_of(self.model, photos, flip, self.rolls)
                 answers = to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
                 busy += time.perf_counter() - start
                 probs.append(answers[good])
                 names += itertools.compress(found, good)
                 bar.update(len(found))
         table = self._table(names, np.concatenate(probs), panorama, abstain)
-        table.attrs |= {"unreadable": [problem for _, problem in failed], "busy": busy}
-        return table, failed
-
-    def predict_to(
-        self,
-        images: Any,
-        path: PathLike,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        unreadable: str = "skip",
-        chunk: int = 1000,
-        **options: Any,
-    ) -> dict[str, float]:
-        """Write what `predict` returns for any number of photos to a .csv or .parquet, in order.
-
-        They are a folder, a glob, a CSV with a column image_path, or a list of paths. PATH.parts/
-        keeps their list and every `chunk` that is done: stopped or killed, the same call goes on
-        from there. The processes of `accelerate launch` share the work. What cannot be read stands
-        in failed.csv (x_failed.csv beside x_predictions.csv), with the reason. Returns the photos
-        that this process did in this call, per second too, and how long its model waited (0 to 1).
-        """
-        path, state, start, busy, n = Path(path), this_process(), time.perf_counter(), 0.0, 0
-        check_choice("the suffix of the table", path.suffix, (".csv", ".parquet"))
-        parts, main = path.with_name(f"{path.name}.parts"), state.is_main_process
-        if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-            raise ImportError(f"{path}: pip install pyarrow first, or take the suffix .csv.")
-        is_one = isinstance(images, (str, os.PathLike))
-        images = os.fspath(images) if is_one else [os.fspath(photo) for photo in images]
-        run = {"images": images if is_one else joblib.hash(images)}
-        run |= {"chunk": chunk, "classifier": self._fingerprint(), **options}
-        panorama, abstain = options.get("panorama", False), bool(options.get("abstain"))
-        zeros = np.zeros((1, 1 + (panorama and self.view == "half"), len(self.labels)))
-        abstain &= self.bands is not None  # else it is refused at the first photo
-        example = self._table(["a"], zeros, panorama, abstain)
-        with _alone_in(parts, main, "classification", "file"), _going_on(parts):
-            if main:
-                _begin(parts, images, run)
-            state.wait_for_everyone()
-            with open(parts / "paths.jsonl", "rb") as lines:
-                n_photos = sum(1 for _ in lines)
-            sizes = {i // chunk: min(chunk, n_photos - i) for i in range(0, n_photos, chunk)}
-            todo = [i for i in sizes if main and not _is_whole(parts, i, sizes[i], example)]
-            [todo] = broadcast_object_list([todo])  # of the first process: all see the same
-            mine = set(todo[state.process_index :: state.num_processes])
-            shown = {"total": min(n_photos, len(mine) * chunk), "desc": "classifying", "delay": 2}
-            shown |= {} if main else {"disable": True}  # or TQDM_DISABLE
-            with tqdm(**shown, unit=" photos") as bar:
-                for number, paths in _read_chunks(parts / "paths.jsonl", chunk, mine):
-                    found = self._answer(paths, bar, batch_size, num_workers, unreadable, **options)
-                    _write_chunk(parts, number, *found)
-                    busy, n = busy + found[0].attrs["busy"], n + len(paths)
-            state.wait_for_everyone()
-            if main:
-                _join(parts, path, example)
-            state.wait_for_everyone()
-        if main:
-            (parts / "plan.json").unlink()  # first: what is left then is never taken for a run
-            shutil.rmtree(parts, ignore_errors=True)
-        seconds = time.perf_counter() - start
-        return {"photos": n, "photos_per_second": n / seconds, "waited": 1 - busy / seconds}
+        table.attrs |= {"unreadable": failed, "busy": busy}
+        return table
 
     def predict_panorama(
         self, images: Any, batch_size: int = 16, *options: Any, **named: Any
@@ -3476,7 +3410,7 @@ class Classifier:
         if probs.shape[1] == 2:
             parts, levels = ["left", "right", "panorama"], ["", "", "panorama_"]
             photo = np.arange(len(names)).repeat(2)
-            joint = _combine(probs.reshape(len(photo), -1), photo, self.combine)
+            joint = _combine(probs.reshape(len(photo), len(self.labels)), photo, self.combine)
             joint = calibrate(joint, self.panorama_calibration, self.exclusive)
             probs = np.concatenate([probs, joint[:, None]], axis=1)
         rows = probs.reshape(-1, len(self.labels))
@@ -3491,7 +3425,7 @@ class Classifier:
         lines = [name for name in names for _ in parts]
         table.insert(0, "image", pd.Series(lines, dtype=object))  # pyarrow takes no odd file names
         if panorama:
-            table.insert(1, "part", parts * len(names))
+            table.insert(1, "part", pd.Series(parts * len(names), dtype=str))
         return table.join(pd.DataFrame(rows, columns=[f"{name}_prob" for name in self.labels]))
 
     def _features(self, images: Any, config: TrainConfig | None) -> Array:
@@ -3521,7 +3455,7 @@ class Classifier:
         found = self._distance(self._features(images, config))
         return np.searchsorted(self.usual["distances"], found).clip(max=100) / 100
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """Return what changes with weights, labels, thresholds and whatever else decides."""
         weights = {k: v.float().cpu().numpy() for k, v in self.model.state_dict().items()}
         return joblib.hash([weights, *(getattr(self, option.name) for option in fields(self)[1:])])
@@ -3545,126 +3479,6 @@ class Classifier:
         maps = maps - maps.min((1, 2), keepdims=True)
         strength = probs / probs.max().clip(1e-12) / maps.max((1, 2)).clip(1e-12)
         return np.concatenate(list(maps * strength[:, None, None]), axis=1)
-
-
-@contextlib.contextmanager
-def _going_on(parts: Path) -> Iterator[None]:
-    how = "the same call goes on from there"
-    try:
-        with _writing(parts, how):
-            yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{parts} keeps what is done; {how}") from None
-
-
-def _each_path(images: str | list[str]) -> Iterator[str]:
-    """Yield the paths of a folder, a CSV, a glob or a list, in its order."""
-    if not isinstance(images, str):
-        yield from images
-    elif os.path.isdir(images):
-        yield from (str(Path(images, name)) for name in image_names(images))
-    elif os.path.isfile(images):
-        yield from _read_paths(Path(images)) if images.lower().endswith(".csv") else [images]
-    elif glob.has_magic(images):
-        found = sorted(glob.iglob(images, recursive=True))
-        yield from (p for p in found if Path(p).suffix.lower() in IMAGE_SUFFIXES)
-    else:
-        raise FileNotFoundError(f"{images}: no such folder, CSV or photo.")
-
-
-def _read_paths(table: Path) -> Iterator[str]:
-    text = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "chunksize": 1000}
-    try:
-        for rows in pd.read_csv(table, usecols=["image_path"], **text):
-            yield from (_seen_from_here(table, name) for name in rows["image_path"])
-    except ValueError as error:  # pandas' own errors and UnicodeDecodeError
-        problem = f"expected a CSV with commas and a column image_path ({error})"
-        raise ValueError(f"{table}: {problem}.") from None
-
-
-def _begin(parts: Path, images: str | list[str], run: dict[str, Any]) -> None:
-    """List the photos, or check that what was begun is to go on."""
-    plan, photos = parts / "plan.json", parts / "paths.jsonl"
-    fix = f"delete {parts} to begin again"
-    if not plan.is_file():
-        for old in parts.glob("*.csv"):
-            old.unlink()
-        with replacing(photos) as temporary, open(temporary, "w") as file:
-            n_photos = sum(file.write(json.dumps(photo) + "\n") > 0 for photo in _each_path(images))
-        if not n_photos:
-            raise FileNotFoundError(f"{images}: no image in it.")
-        _write_json(plan, run | {"list": _sha256(photos)})
-    before = _read_state(plan, fix)
-    changed = [key for key, value in run.items() if before.get(key) != value]
-    if changed:
-        problem = f"{parts}: not begun with these {brief(changed)}"
-        raise ValueError(f"{problem}; restore them to go on, or {fix}.")
-    if not photos.is_file() or _sha256(photos) != before.get("list"):
-        raise ValueError(f"{photos}: no longer the list that was begun with; {fix}.")
-
-
-def _is_whole(parts: Path, number: int, n_photos: int, example: pd.DataFrame) -> bool:
-    """Say whether a chunk has the lines of `example` for each photo: a disk may have lost some."""
-    files = [parts / f"{number:08}.{suffix}" for suffix in ("csv", "failed.csv")]
-    try:
-        texts = [file.read_text(encoding="utf-8") for file in files]
-        rows, failed = ([*csv.reader(io.StringIO(text, newline=""))] for text in texts)
-    except (OSError, ValueError, csv.Error):
-        return False
-    ended = all(text.endswith("\n") for text in filter(None, texts))
-    fitting = all(len(row) == example.shape[1] for row in rows)
-    return ended and fitting and len(rows) == len(example) * (n_photos - len(failed))
-
-
-def _read_chunks(path: Path, size: int, wanted: set[int]) -> Iterator[tuple[int, list[str]]]:
-    with open(path, encoding="utf-8") as lines:
-        for number in itertools.count():
-            if not (some := list(itertools.islice(lines, size))):
-                return
-            if number in wanted:
-                yield number, [json.loads(line) for line in some]
-
-
-def _write_chunk(parts: Path, number: int, table: pd.DataFrame, failed: list) -> None:
-    """Write the failed ones first: with the other file a chunk is done."""
-    tables = {"failed.csv": pd.DataFrame(failed, columns=["image", "reason"]), "csv": table}
-    for suffix, rows in tables.items():
-        with replacing(parts / f"{number:08}.{suffix}", by_all=True) as temporary:
-            rows.to_csv(temporary, index=False, header=False, errors="backslashreplace")
-
-
-def _join(parts: Path, path: Path, example: pd.DataFrame) -> None:
-    """Put the chunks together under the columns of `example`; the failed ones first."""
-    before = path.stem.removesuffix("predictions").rstrip("_")
-    failed = path.with_name(f"{before}_failed.csv" if before else "failed.csv")
-    reasons = pd.DataFrame(columns=["image", "reason"])
-    for suffix, target, rows in (("failed.csv", failed, reasons), ("csv", path, example)):
-        chunks = sorted(parts.glob(f"{'[0-9]' * 8}.{suffix}"))
-        write = _join_parquet if target.suffix == ".parquet" else _join_csv
-        with replacing(target) as temporary:
-            write(chunks, temporary, rows)
-
-
-def _join_csv(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
-    with open(target, "wb") as file:
-        header = example.iloc[:0].to_csv(index=False)
-        file.write(header.encode("utf-8", "backslashreplace"))
-        for chunk in chunks:
-            with open(chunk, "rb") as rows:
-                shutil.copyfileobj(rows, file)
-
-
-def _join_parquet(chunks: list[Path], target: Path, example: pd.DataFrame) -> None:
-    import pyarrow
-    from pyarrow import csv, parquet
-
-    schema = pyarrow.Schema.from_pandas(example, preserve_index=False).remove_metadata()
-    names = csv.ReadOptions(column_names=schema.names)
-    cells = csv.ParseOptions(newlines_in_values=True)
-    types = csv.ConvertOptions(column_types=schema)
-    with parquet.ParquetWriter(target, schema) as writer:
-        for chunk in filter(lambda chunk: chunk.stat().st_size, chunks):
-            writer.write_table(csv.read_csv(chunk, names, cells, types))
 
 
 def _as_items(images: Any) -> list[Any]:
@@ -3855,6 +3669,20 @@ def plot_reliability(tables: dict[str, pd.DataFrame]) -> plt.Figure:
         error = np.average(table["off"], weights=table["cells"])
         axis.set(title=f"{name}: error {error:.3f}", xlabel="probability", ylabel="share present")
     return figure
+
+
+def plot_answer(axis: plt.Axes, answer: pd.Series, labels: list[str], cuts: Array = ()) -> None:
+    """Draw a line of `Classifier.predict`: bars, green where present, and the thresholds as ticks.
+
+    Classes that exclude each other have no `cuts`.
+    """
+    colors = np.where(answer[labels] == 1, "seagreen", "lightgrey")
+    probs = [float(answer[f"{label}_prob"]) for label in labels]
+    axis.barh(labels, probs, color=colors)
+    if len(cuts):
+        axis.scatter(cuts, labels, color="black", marker="|", s=250)
+    axis.invert_yaxis()  # the first label above, as in the tables
+    axis.set(xlim=(0, 1), xlabel="probability; the tick is the threshold")
 
 
 # ---------------------------------------------------------------- finishing and comparing runs

@@ -187,6 +187,7 @@ def measure_prediction(folder: Path) -> None:
     model = data_utils.build_model("tf_efficientnet_lite0", 6, pretrained=False, img_size=224)
     used = data_utils.Classifier(model, list("abcdef"), [0.5] * 6)
     paths, found = data_utils.list_images(folder / "halves") * 5, []  # the start weighs little
+    predict_to = load_notebook_functions("survey").predict_to
 
     def one_at_a_time() -> None:
         for path in paths[:24]:
@@ -195,7 +196,7 @@ def measure_prediction(folder: Path) -> None:
                 used.model(image).sigmoid().cpu()
 
     def streamed(**options: int) -> None:
-        found.append(used.predict_to(paths, folder / "predictions.csv", **options)["waited"])
+        found.append(predict_to(used, paths, folder / "predictions.csv", **options)["waited"])
 
     alone = seconds(one_at_a_time, 3) / 24
     for name, options in {"threads": {}, "2 workers": {"num_workers": 2}}.items():

@@ -357,14 +357,14 @@ def test_reliability_by_hand():
 
 def test_share_by_rogan_and_gladen_by_hand(notebook_functions):
     counts = [np.array([n]) for n in (45, 100, 90, 100, 95, 100)]
-    share, low, high = notebook_functions("classifier").true_share(*counts)
+    share, low, high = notebook_functions("survey").true_share(*counts)
     assert share[0] == pytest.approx((0.45 + 0.95 - 1) / 0.85)
     assert low[0] < share[0] < high[0]
     counts = [np.array([n]) for n in (45, 100, 10**9, 10**9, 10**9, 10**9)]  # it never errs
-    _, low, high = notebook_functions("classifier").true_share(*counts)
+    _, low, high = notebook_functions("survey").true_share(*counts)
     np.testing.assert_allclose([low[0], high[0]], [0.3561, 0.5476], atol=2e-4)  # Agresti-Coull
     nothing = [np.array([n]) for n in (45, 100, 5, 10, 5, 10)]  # as good as a coin
-    assert np.isnan(notebook_functions("classifier").true_share(*nothing)).all()
+    assert np.isnan(notebook_functions("survey").true_share(*nothing)).all()
 
 
 @pytest.mark.parametrize("prevalence", [0.03, 0.1, 0.3, 0.7])
@@ -373,7 +373,7 @@ def test_intervals_of_the_share_hold_what_they_promise(notebook_functions, preva
     rng, se, sp, n = np.random.default_rng(0), 0.85, 0.93, 4000
     reported = rng.binomial(80, prevalence * se + (1 - prevalence) * (1 - sp), n)
     judged = rng.binomial(40, se, n), 40, rng.binomial(100, sp, n), 100
-    share, low, high = notebook_functions("classifier").true_share(reported, 80, *judged)
+    share, low, high = notebook_functions("survey").true_share(reported, 80, *judged)
     assert 0.93 <= ((low <= prevalence) & (prevalence <= high)).mean() <= 0.99
     naive = np.abs(reported.mean() / 80 - prevalence)
     assert np.abs(np.mean(share) - prevalence) < max(0.02, naive / 2)

@@ -273,7 +273,7 @@ def test_unreadable_files_are_left_out_and_listed_when_asked(
     items = [photos[1][0], tmp_path / "cut.jpg", photos[1][2], tmp_path / "gone.jpg"]
     table = classifier.predict(items, batch_size=3, num_workers=num_workers, unreadable="skip")
     assert table["image"].tolist() == [str(photos[1][0]), str(photos[1][2])]
-    first, second = table.attrs["unreadable"]
+    (_, first), (_, second) = table.attrs["unreadable"]
     assert "cut.jpg" in first
     assert "gone.jpg" in second
     expected = classifier.predict([photos[1][0], photos[1][2]])
@@ -374,12 +374,21 @@ def test_picture_that_is_not_2_to_1_is_refused_by_name_and_size(tmp_path, view, 
         classifier.predict_panorama(tmp_path / "flat.png")
 
 
+@pytest.mark.parametrize("names", [[], ["gone.jpg"]])
+def test_no_panorama_that_can_be_read_gives_an_empty_table(classifier, tmp_path, names):
+    paths = [tmp_path / name for name in names]
+    table = classifier.predict_panorama(paths, unreadable="skip")
+    assert len(table) == 0
+    assert list(table)[:2] == ["image", "part"]
+    assert [Path(name).name for name, _ in table.attrs["unreadable"]] == names
+
+
 def test_pictures_that_are_not_2_to_1_can_be_left_out(classifier, panoramas, tmp_path):
     picture(1, 120, 80).save(tmp_path / "flat.png")
     table = classifier.predict_panorama([tmp_path / "flat.png", panoramas[1]], unreadable="skip")
     assert table["image"].unique().tolist() == [str(panoramas[1])]
     assert len(table) == 3
-    assert "flat.png" in table.attrs["unreadable"][0]
+    assert "flat.png" in table.attrs["unreadable"][0][1]
 
 
 def test_array_that_is_not_2_to_1_is_named_by_its_number(classifier):
@@ -728,7 +737,7 @@ def test_label_that_only_looks_like_a_column_works(photos):
     assert len(set(table)) == 7
 
 
-def test_photo_whose_name_is_no_utf8_reaches_the_csv(classifier, tmp_path, notebook_functions):
+def test_photo_whose_name_is_no_utf8_reaches_the_csv(classifier, tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/IMG_\xe4.png")
     try:
         picture(0).save(path)
@@ -736,8 +745,7 @@ def test_photo_whose_name_is_no_utf8_reaches_the_csv(classifier, tmp_path, noteb
         pytest.skip("this file system takes UTF-8 only")
     table = classifier.predict(tmp_path)
     assert table["image"].tolist() == [path]
-    write_text = notebook_functions("classifier").write_text
-    write_text(table.to_csv(index=False), tmp_path / "out" / "predictions.csv")
+    du.write_text(tmp_path / "out" / "predictions.csv", table.to_csv(index=False))
     read = pd.read_csv(tmp_path / "out" / "predictions.csv")
     assert read["image"].tolist() == [f"{tmp_path}/IMG_\\udce4.png"]
     np.testing.assert_allclose(probs_of(read), probs_of(table))

@@ -132,10 +132,6 @@ def write_script(name, parameters):
     return ScriptExporter().from_notebook_node(notebook)[0]  # as `jupyter nbconvert --to script`
 
 
-CHUNKS_OF_5 = """
-import data_utils
-data_utils.Classifier.predict_to.__defaults__ = (32, 0, "skip", 5)
-"""
 LOG_WRITES = """
 import os
 _replace = os.replace
@@ -147,7 +143,7 @@ os.replace = replace
 """
 
 
-def test_training_and_classifier_run_as_scripts_on_two_machines(tmp_path):
+def test_training_classifier_and_survey_run_as_scripts_on_two_machines(tmp_path):
     """A process each, as SLURM does it: the first writes, each photo is classified once."""
     for i in range(36):  # red where there is a tree, green where there is grass
         path = tmp_path / "photos" / f"place {i % 6}" / f"{i:02}.jpg"
@@ -169,8 +165,11 @@ def test_training_and_classifier_run_as_scripts_on_two_machines(tmp_path):
     use = {"RUN_DIR": "runs/linear", "IMAGE_DIR": "photos", "PANORAMA_DIR": None}
     use |= {"OUTPUT_DIR": "out", "BATCH_SIZE": 4}
     where = {"PARTITION_DIR": "partitions"}
-    script = LOG_WRITES + CHUNKS_OF_5 + write_script("training", network | where)
-    script += write_script("classifier", use | where)
+    script = LOG_WRITES + write_script("training", network | where)
+    script += write_script("classifier", use | where | {"VIEW": "half"})
+    pieces = write_script("survey", use | where)
+    script += pieces.replace("chunk: int = 1000", "chunk: int = 5")
+    assert "chunk: int = 5" in script
     (tmp_path / "survey.py").write_text(script, encoding="utf-8")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines"]
     launch += ["2", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--mixed_precision"]

@@ -29,10 +29,15 @@ def nb(notebook_functions):
 
 
 @pytest.fixture(scope="module")
+def survey(notebook_functions):
+    return notebook_functions("survey")
+
+
+@pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Seven photos of the demo: the views that a model of halves is made for."""
-    survey, folder = demo_360.plan_survey(0, 0, 4), tmp_path_factory.mktemp("photos")
-    pixels = [demo_360.draw_panorama(survey, i, 256)[0] for i in range(4)]
+    plan, folder = demo_360.plan_survey(0, 0, 4), tmp_path_factory.mktemp("photos")
+    pixels = [demo_360.draw_panorama(plan, i, 256)[0] for i in range(4)]
     halves = [half for one in pixels for half in np.hsplit(one, 2)][:7]
     for number, half in enumerate(halves):
         Image.fromarray(half).save(folder / f"{number}.jpg", quality=95)
@@ -74,8 +79,8 @@ HALF = {"CroppedAreaImageWidthPixels": 100, "FullPanoWidthPixels": 200}
         ({}, b"", None),
     ],
 )
-def test_heading_is_that_of_the_middle_of_the_picture(nb, gps, xmp, expected):
-    found = nb.read_heading(gps, xmp)
+def test_heading_is_that_of_the_middle_of_the_picture(survey, gps, xmp, expected):
+    found = survey.read_heading(gps, xmp)
     assert np.isnan(found) if expected is None else found == pytest.approx(expected)
 
 
@@ -89,31 +94,31 @@ def write_photo(path, heading=90.0, place=True):
     return str(path)
 
 
-def test_halves_of_a_panorama_look_90_degrees_to_both_sides(nb, tmp_path):
+def test_halves_of_a_panorama_look_90_degrees_to_both_sides(survey, tmp_path):
     path = write_photo(tmp_path / "Fen" / "day" / "A.jpg", heading=45.0)
     table = pd.DataFrame({"image": [path] * 3, "part": ["left", "right", "panorama"]})
-    found = nb.with_places(table, tmp_path)
+    found = survey.with_places(table, tmp_path)
     assert found["heading"].tolist() == [315, 135, 45]
     assert found["site"].tolist() == ["Fen"] * 3
     assert found["taken"].tolist() == ["2024-05-21T10:44:50"] * 3
     assert found[["longitude", "latitude"]].to_numpy().tolist() == [[-90, 45]] * 3
 
 
-def test_photo_without_metadata_keeps_its_line(nb, tmp_path):
+def test_photo_without_metadata_keeps_its_line(survey, tmp_path):
     Image.new("RGB", (64, 32)).save(tmp_path / "A.png")
     table = pd.DataFrame({"image": [str(tmp_path / "A.png"), str(tmp_path / "lost.jpg")]})
-    found = nb.with_places(table, tmp_path)
+    found = survey.with_places(table, tmp_path)
     assert len(found) == 2
     assert found[["longitude", "latitude", "heading"]].isna().all(axis=None)
     assert found[["taken", "site"]].to_numpy().tolist() == [["", "all"]] * 2
 
 
 @pytest.mark.parametrize("xmp", [b'GPano:PoseHeadingDegrees="--1"', tags(CroppedAreaLeftPixels=1)])
-def test_wrong_metadata_costs_the_heading_and_not_the_place(nb, tmp_path, xmp):
+def test_wrong_metadata_costs_the_heading_and_not_the_place(survey, tmp_path, xmp):
     exif = Image.Exif()
     exif[ExifTags.IFD.GPSInfo] = {1: "N", 2: (45.0, 0.0, 0.0), 3: "E", 4: (9.0, 0.0, 0.0)}
     Image.new("RGB", (64, 32)).save(tmp_path / "A.jpg", exif=exif, xmp=xmp)
-    east, north, heading, taken = nb.read_place(str(tmp_path / "A.jpg"))
+    east, north, heading, taken = survey.read_place(str(tmp_path / "A.jpg"))
     assert (east, north, taken) == (9, 45, "")
     assert np.isnan(heading)
 
@@ -130,10 +135,10 @@ def answers(paths, parts=("panorama",)):
     return table
 
 
-def test_page_tells_metres_angles_and_probabilities(nb, tmp_path):
+def test_page_tells_metres_angles_and_probabilities(survey, tmp_path):
     path = write_photo(tmp_path / "Fen" / "A.jpg", heading=0.0)
-    table = nb.with_places(answers([path], ("left", "right", "panorama")), tmp_path)
-    data = nb.map_data(table, LABELS)
+    table = survey.with_places(answers([path], ("left", "right", "panorama")), tmp_path)
+    data = survey.map_data(table, LABELS)
     assert data["x"].tolist() == pytest.approx([-10018754.171] * 3)  # EPSG:3857
     assert data["y"].tolist() == pytest.approx([5621521.486] * 3)
     angles = np.degrees(data["angle"].to_numpy()) % 360
@@ -141,14 +146,14 @@ def test_page_tells_metres_angles_and_probabilities(nb, tmp_path):
     assert data["probs"][0].splitlines() == ["0.00 tree", f"0.25 {LABELS[1]}", "0.50 </script>"]
     assert data["is_1"].tolist() == [False] * 3
     assert data["photo"].str.startswith("data:image/jpeg;base64,").all()
-    assert (nb.map_data(table, LABELS, most=0)["photo"] == "").all()
+    assert (survey.map_data(table, LABELS, most=0)["photo"] == "").all()
 
 
-def test_page_needs_no_other_file_and_counts_photos_without_a_place(nb, tmp_path):
+def test_page_needs_no_other_file_and_counts_photos_without_a_place(survey, tmp_path):
     pytest.importorskip("bokeh", reason="bokeh (extra) is not installed")
     paths = [write_photo(tmp_path / f"{n}.jpg", place=n > 0) for n in range(3)]
-    table = nb.with_places(answers(paths, ("left", "right", "panorama")), tmp_path)
-    nb.write_map_page(table, LABELS, tmp_path / "map.html", halves=True)
+    table = survey.with_places(answers(paths, ("left", "right", "panorama")), tmp_path)
+    survey.write_map_page(table, LABELS, tmp_path / "map.html", halves=True)
     page = (tmp_path / "map.html").read_text(encoding="utf-8")
     assert not re.search(r"<(script|img)[^>]*\ssrc=[\"']?http|<link", page)
     assert "2 photos; 1 more have no place" in page
@@ -162,31 +167,31 @@ def test_page_needs_no_other_file_and_counts_photos_without_a_place(nb, tmp_path
 
 
 @pytest.fixture
-def table(nb, monkeypatch, photos):
+def table(survey, monkeypatch, photos):
     classifier = make()
-    monkeypatch.setattr(nb, "classifier", classifier, raising=False)
-    monkeypatch.setattr(nb, "labels", LABELS, raising=False)
+    monkeypatch.setattr(survey, "classifier", classifier, raising=False)
+    monkeypatch.setattr(survey, "labels", LABELS, raising=False)
     return classifier.predict(photos).assign(site=["Fen", "Fen", "Mere"] + ["Fen"] * 4)
 
 
-def test_lines_are_picked_by_decision_and_site_and_sorted_by_doubt(nb, table):
+def test_lines_are_picked_by_decision_and_site_and_sorted_by_doubt(survey, table):
     table["tree"] = [1, 0, 1, np.nan, 1, 0, 1]
     table["tree_prob"] = [0.9, 0.1, 0.6, 0.5, 0.55, 0.4, 1.0]
-    assert nb.select(table, "tree").index.tolist() == [3, 4, 2, 5, 0, 1, 6]
-    assert nb.select(table, "tree", "1").index.tolist() == [4, 2, 0, 6]
-    assert nb.select(table, "tree", "0", "Fen").index.tolist() == [5, 1]
-    assert nb.select(table, "tree", "unsure").index.tolist() == [3]
-    assert nb.select(table, "tree", "0", "Mere").empty
+    assert survey.select(table, "tree").index.tolist() == [3, 4, 2, 5, 0, 1, 6]
+    assert survey.select(table, "tree", "1").index.tolist() == [4, 2, 0, 6]
+    assert survey.select(table, "tree", "0", "Fen").index.tolist() == [5, 1]
+    assert survey.select(table, "tree", "unsure").index.tolist() == [3]
+    assert survey.select(table, "tree", "0", "Mere").empty
 
 
-def test_clicks_in_the_viewer_reach_the_partition(nb, table, tmp_path, notebook_functions):
+def test_clicks_in_the_viewer_reach_the_partition(survey, table, tmp_path, notebook_functions):
     pytest.importorskip("ipywidgets")
     relabeling = notebook_functions("relabeling")
     review, names = tmp_path / "out" / "review_me.csv", [f"p/{n}.jpg" for n in range(7)]
     known = {os.path.realpath(path): name for path, name in zip(table["image"], names)}
-    first = os.path.realpath(nb.select(table, "tree", site="Mere")["image"].iloc[0])
-    del known[os.path.realpath(nb.select(table, "tree", site="Fen")["image"].iloc[1])]
-    viewer = nb.browse(table, review, known)
+    first = os.path.realpath(survey.select(table, "tree", site="Mere")["image"].iloc[0])
+    del known[os.path.realpath(survey.select(table, "tree", site="Fen")["image"].iloc[1])]
+    viewer = survey.browse(table, review, known)
     (label, _, site), (number, *buttons) = (box.children for box in viewer.children[:2])
     text, picture = viewer.children[2:]
     label.value, site.value = "tree", "Mere"
@@ -205,10 +210,10 @@ def test_clicks_in_the_viewer_reach_the_partition(nb, table, tmp_path, notebook_
     assert relabeling.apply_decisions(review, part, ["tree"])["tree"].count() == 2
 
 
-def test_line_that_a_crash_cut_off_costs_no_other(nb, tmp_path, notebook_functions):
+def test_line_that_a_crash_cut_off_costs_no_other(survey, tmp_path, notebook_functions):
     path = tmp_path / "review.csv"
     path.write_text("a.jpg,tree,pres")
-    nb.append_correction(path, 'b, "c".jpg', "tree", "absent")
+    survey.append_correction(path, 'b, "c".jpg', "tree", "absent")
     with pytest.warns(UserWarning, match="line 1: cut off"):
         found = notebook_functions("relabeling").read_decisions(path)
     assert found[["image_path", "decision"]].to_numpy().tolist() == [['b, "c".jpg', "absent"]]

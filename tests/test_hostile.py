@@ -30,12 +30,14 @@ import pytest
 import test_classifier as c
 import test_training as t
 import torch
-from conftest import checklist, data_row, labelled, radio, text
+from conftest import checklist, data_row, labelled, load_notebook_functions, radio, text
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 from safetensors.torch import save
 from test_training import sets, tables  # noqa: F401 - fixtures
+
+survey = load_notebook_functions("survey")
 
 FUZZ = settings(
     derandomize=True,
@@ -262,7 +264,7 @@ CSV_READERS = {
     "lists": functools.partial(du.read_csv_labels, separator=" "),
     "kept": functools.partial(du.read_csv_labels, keep=["site"]),
     "class": functools.partial(du.read_class_column, column="site"),
-    "photos": lambda path: list(du._each_path(str(path))),
+    "photos": lambda path: list(survey.each_path(str(path))),
 }
 
 
@@ -586,7 +588,7 @@ def begun(small, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(du, "open_image", stop)
-        small[2].predict_to(folder / "photos", folder / "out.csv", 2, chunk=2)
+        survey.predict_to(small[2], folder / "photos", folder / "out.csv", 2, chunk=2)
     return folder
 
 
@@ -600,7 +602,7 @@ def go_on(begun, small, folder, harm):
     shutil.copytree(begun / "out.csv.parts", folder / "out.csv.parts")
     harm(folder / "out.csv.parts")
     out, options = folder / "out.csv", {"batch_size": 2, "chunk": 2}
-    read = functools.partial(small[2].predict_to, begun / "photos", out, **options)
+    read = functools.partial(survey.predict_to, small[2], begun / "photos", out, **options)
     photos = [os.path.realpath(begun / "photos")]
     survives(read, folder, ["out.csv.parts"], writes=True, readable=photos)
     assert out.exists() == (folder / "out_failed.csv").exists()

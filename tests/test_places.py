@@ -13,7 +13,7 @@ GPS = ExifTags.GPS
 
 @pytest.fixture(scope="module")
 def nb(notebook_functions):
-    return notebook_functions("classifier")
+    return notebook_functions("survey")
 
 
 def position(nb, tmp_path, exif: object) -> tuple[float, float] | None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from importlib.util import find_spec
 from pathlib import Path
 
 import data_utils as du
@@ -16,11 +17,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import test_classifier as t
+from conftest import load_notebook_functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_notebooks import ROOT
 from test_classifier import classifier  # noqa: F401 - a fixture
 
+nb = load_notebook_functions("survey")
 SIZES = {"batch_size": 2, "chunk": 3}
 
 
@@ -40,7 +43,8 @@ def survey(tmp_path_factory):
 
 def expected(classifier, photos, **options):  # noqa: F811
     table = classifier.predict(photos, batch_size=2, unreadable="skip", **options)
-    return table.attrs["unreadable"], table.assign(image=table["image"].astype(str))
+    errors = [reason for _, reason in table.attrs["unreadable"]]
+    return errors, table.assign(image=table["image"].astype(str))
 
 
 def stored(path):
@@ -57,7 +61,7 @@ def check(classifier, survey, out, **options):  # noqa: F811
 
 
 def test_folder_is_classified_in_chunks_as_at_once(classifier, survey, tmp_path):  # noqa: F811
-    found = classifier.predict_to(survey, tmp_path / "predictions.csv", **SIZES)
+    found = nb.predict_to(classifier, survey, tmp_path / "predictions.csv", **SIZES)
     check(classifier, survey, tmp_path)
     assert found["photos"] == 10
     assert 0 <= found["waited"] <= 1
@@ -66,7 +70,7 @@ def test_folder_is_classified_in_chunks_as_at_once(classifier, survey, tmp_path)
 
 def test_parquet_holds_the_same_table(classifier, survey, tmp_path):  # noqa: F811
     pytest.importorskip("pyarrow", reason="pyarrow is an extra")
-    classifier.predict_to(survey, tmp_path / "trees.parquet", **SIZES)
+    nb.predict_to(classifier, survey, tmp_path / "trees.parquet", **SIZES)
     _, table = expected(classifier, survey)
     found = pd.read_parquet(tmp_path / "trees.parquet")
     pd.testing.assert_frame_equal(found, table, check_exact=True, check_dtype=False)
@@ -80,13 +84,13 @@ def test_csv_glob_and_list_keep_their_order(classifier, survey, tmp_path):  # no
     table.to_csv(survey / "photos.csv", index=False)
     ways = {"csv": survey / "photos.csv", "list": [survey / name for name in names]}
     for way, images in ways.items():
-        classifier.predict_to(images, tmp_path / f"{way}.csv", **SIZES)
+        nb.predict_to(classifier, images, tmp_path / f"{way}.csv", **SIZES)
         found = [
             os.path.relpath(image, survey) for image in stored(tmp_path / f"{way}.csv")["image"]
         ]
         assert found == [name for name in names if name != "day 0/1.jpg"]
         assert len(pd.read_csv(tmp_path / f"{way}_failed.csv")) == 1
-    classifier.predict_to(f"{survey}/**/*.jpg", tmp_path / "glob.csv", **SIZES)
+    nb.predict_to(classifier, f"{survey}/**/*.jpg", tmp_path / "glob.csv", **SIZES)
     assert len(stored(tmp_path / "glob.csv")) == 8
 
 
@@ -97,7 +101,7 @@ def test_panoramas_have_a_line_per_part(classifier, tmp_path):  # noqa: F811
         t.picture(i, 160, 80).save(folder / f"{i}.jpg")
     t.picture(4).save(folder / "no panorama.jpg")
     path = tmp_path / "panorama_predictions.csv"
-    classifier.predict_to(folder, path, **SIZES, panorama=True)
+    nb.predict_to(classifier, folder, path, **SIZES, panorama=True)
     _, table = expected(classifier, folder, panorama=True)
     pd.testing.assert_frame_equal(stored(path), table, check_exact=True)
     assert "no 2:1 panorama" in pd.read_csv(tmp_path / "panorama_failed.csv")["reason"].item()
@@ -105,8 +109,8 @@ def test_panoramas_have_a_line_per_part(classifier, tmp_path):  # noqa: F811
 
 def test_photos_that_all_fail_give_an_empty_table(classifier, tmp_path):  # noqa: F811
     (tmp_path / "a.jpg").write_bytes(b"")
-    for suffix in ("csv", *(["parquet"] if du.importlib.util.find_spec("pyarrow") else [])):
-        classifier.predict_to([tmp_path / "a.jpg"], tmp_path / f"predictions.{suffix}")
+    for suffix in ("csv", *(["parquet"] if find_spec("pyarrow") else [])):
+        nb.predict_to(classifier, [tmp_path / "a.jpg"], tmp_path / f"predictions.{suffix}")
     assert len(stored(tmp_path / "predictions.csv")) == 0
     assert len(pd.read_csv(tmp_path / "failed.csv")) == 1
 
@@ -129,13 +133,13 @@ def test_input_without_photos_is_named(classifier, tmp_path, monkeypatch, images
     Path("torn.csv").write_text('image_path,tree\na.jpg,1\n"b,1\n')
     Path("raw.csv").write_bytes(b"image_path\n\xff\xfe\x00.jpg\n")
     with pytest.raises((FileNotFoundError, ValueError), match=f"^{problem}$"):
-        classifier.predict_to(images, "out/predictions.csv")
+        nb.predict_to(classifier, images, "out/predictions.csv")
     assert not Path("out/predictions.csv").exists()
 
 
 def test_other_suffix_is_refused(classifier, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=r"suffix of the table='.xlsx': expected '.csv' or"):
-        classifier.predict_to(tmp_path, tmp_path / "a.xlsx")
+        nb.predict_to(classifier, tmp_path, tmp_path / "a.xlsx")
 
 
 # ---------------------------------------------------------------- stopped and begun again
@@ -162,11 +166,11 @@ def test_stopped_by_hand_it_goes_on_with_the_photos_it_began_with(
     stop_at(monkeypatch, "7.jpg", KeyboardInterrupt())
     path = tmp_path / "predictions.csv"
     with pytest.raises(KeyboardInterrupt, match="keeps what is done; the same call goes on from"):
-        classifier.predict_to(survey, path, **SIZES)
+        nb.predict_to(classifier, survey, path, **SIZES)
     assert not path.exists()
     added = survey / "day 0" / "added later.jpg"
     t.picture(11).save(added)
-    again = classifier.predict_to(survey, path, **SIZES)
+    again = nb.predict_to(classifier, survey, path, **SIZES)
     added.unlink()
     assert again["photos"] == 4  # chunks of 3: two were done
     check(classifier, survey, tmp_path)
@@ -181,17 +185,17 @@ def test_other_photos_or_another_classifier_do_not_go_on_with_it(
     path = tmp_path / "predictions.csv"
     stop_at(monkeypatch, "7.jpg", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        classifier.predict_to(survey, path, **SIZES)
+        nb.predict_to(classifier, survey, path, **SIZES)
     other = du.Classifier(t.tiny_model(), t.LABELS, [0.1] * 3, "half", t.PANORAMA_THRESHOLDS)
     for used, images, what in ((other, survey, "classifier"), (classifier, [survey], "images")):
         fix = f"restore them to go on, or delete {path}.parts to begin again"
         with pytest.raises(ValueError, match=f"not begun with these {what}; {fix}"):
-            used.predict_to(images, path, **SIZES)
+            nb.predict_to(used, images, path, **SIZES)
     (tmp_path / "predictions.csv.parts" / "plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan\.json: cannot be read .*; delete .* to begin"):
-        classifier.predict_to(survey, path, **SIZES)
+        nb.predict_to(classifier, survey, path, **SIZES)
     shutil.rmtree(f"{path}.parts")
-    classifier.predict_to(survey, path, **SIZES)
+    nb.predict_to(classifier, survey, path, **SIZES)
     check(classifier, survey, tmp_path)
 
 
@@ -201,7 +205,7 @@ def test_full_disk_is_one_sentence_and_the_same_call_goes_on(
     tmp_path,
     monkeypatch,
 ):
-    path, real, calls = tmp_path / "predictions.csv", du._write_chunk, []
+    path, real, calls = tmp_path / "predictions.csv", nb.write_piece, []
 
     def write(*args):
         calls.append(args)
@@ -209,10 +213,10 @@ def test_full_disk_is_one_sentence_and_the_same_call_goes_on(
             raise OSError(28, os.strerror(28), str(path))
         return real(*args)
 
-    monkeypatch.setattr(du, "_write_chunk", write)
+    monkeypatch.setattr(nb, "write_piece", write)
     with pytest.raises(OSError, match=r"parts: cannot be written \(No space left.*\); free some"):
-        classifier.predict_to(survey, path, **SIZES)
-    assert classifier.predict_to(survey, path, **SIZES)["photos"] == 4
+        nb.predict_to(classifier, survey, path, **SIZES)
+    assert nb.predict_to(classifier, survey, path, **SIZES)["photos"] == 4
     check(classifier, survey, tmp_path)
 
 
@@ -224,7 +228,7 @@ def test_chunks_that_a_finished_run_left_are_not_taken_for_new_ones(
     parts = tmp_path / "predictions.csv.parts"
     parts.mkdir()
     (parts / "00000001.csv").write_text("left,0,0,0,0,0,0\n")
-    classifier.predict_to(survey, tmp_path / "predictions.csv", **SIZES)
+    nb.predict_to(classifier, survey, tmp_path / "predictions.csv", **SIZES)
     check(classifier, survey, tmp_path)
 
 
@@ -233,7 +237,10 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import os, random, signal, threading, time
 import test_classifier as t
+from conftest import load_notebook_functions
 import data_utils as du
+from conftest import load_notebook_functions
+nb = load_notebook_functions("survey")
 classifier = du.Classifier(t.tiny_model(), t.LABELS, t.THRESHOLDS, "half", t.PANORAMA_THRESHOLDS)
 for attempt in range(100):
     child = os.fork()
@@ -246,7 +253,7 @@ for attempt in range(100):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(image, size)
             du.open_image = opened
-        classifier.predict_to({photos!r}, {path!r}, batch_size=2, chunk=3)
+        nb.predict_to(classifier, {photos!r}, {path!r}, batch_size=2, chunk=3)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(status, flush=True)
@@ -293,7 +300,7 @@ def test_any_file_name_comes_back(tmp_path_factory, names):
                 made.add(str(folder / name))
             except (OSError, UnicodeEncodeError):
                 continue
-    assert list(du._each_path(str(folder))) == [str(p) for p in sorted(map(Path, made))]
+    assert list(nb.each_path(str(folder))) == [str(p) for p in sorted(map(Path, made))]
 
 
 def test_photos_of_a_folder_come_in_the_order_of_their_paths(tmp_path):
@@ -327,17 +334,17 @@ def test_threads_read_ahead_in_order_and_no_further_than_two_batches(tmp_path):
 def test_memory_does_not_grow_with_the_number_of_photos(classifier, tmp_path, monkeypatch):  # noqa: F811
     def answer(paths, *_, **__):
         table = classifier._table(paths, np.zeros((len(paths), 1, 3)), False, False)
-        table.attrs["busy"] = 0.0
-        return table, []
+        table.attrs |= {"busy": 0.0, "unreadable": []}
+        return table
 
-    monkeypatch.setattr(classifier, "_answer", answer)
+    monkeypatch.setattr(classifier, "predict", answer)
     peaks = []
     for n in (1_000, 20_000, 40_000):  # warms up; as large as the blocks that pandas reads
         names = pd.DataFrame({"image_path": [f"{i:09}.jpg" for i in range(n)]})
         names.to_csv(tmp_path / "photos.csv", index=False)
         del names
         tracemalloc.start()
-        classifier.predict_to(tmp_path / "photos.csv", tmp_path / f"{n}.csv", chunk=500)
+        nb.predict_to(classifier, tmp_path / "photos.csv", tmp_path / f"{n}.csv", chunk=500)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(stored(tmp_path / f"{n}.csv")) == n
