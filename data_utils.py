@@ -1769,7 +1769,7 @@ def _memory_format(model: nn.Module, wanted: bool | None = None) -> torch.memory
 
 
 def _autocast(model: nn.Module, device: str) -> torch.autocast:
-    precision = fast_precision(model, device)
+    precision = fast_precision(model, device, training=False)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return torch.autocast(device, dtype, enabled=precision != "no")
 
@@ -1956,8 +1956,8 @@ def _fastest_device() -> str:
     return next((name for name, is_there in found.items() if is_there), "cpu")
 
 
-def fast_precision(model: nn.Module, device: str | None = None) -> str:
-    """Return accelerate's name of the precision in which a device trains `model` fastest.
+def fast_precision(model: nn.Module, device: str | None = None, training: bool = True) -> str:
+    """Return accelerate's name of the precision in which a device trains or uses `model` fastest.
 
     A rule of thumb, alike on all machines of a kind; `time_steps` measures.
     """
@@ -1965,6 +1965,7 @@ def fast_precision(model: nn.Module, device: str | None = None) -> str:
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     depth_wise = any(m.groups == m.in_channels > 1 for m in layers)
     slower = depth_wise and gains_by_channels_last(model)  # some of MobileNet, EfficientNet
+    slower &= training or not torch.cpu.get_capabilities().get("amx_bf16")  # docs/results.md
     return "no" if slower and device == "cpu" else _half_precision(device)
 
 

@@ -205,6 +205,36 @@ def measure_prediction(folder: Path) -> None:
         report(what, taken, alone, "one at a time, full decoding")
 
 
+SURVEY = """
+import resource, sys
+sys.path[:0] = {paths!r}
+import data_utils
+from conftest import load_notebook_functions
+model = data_utils.build_model("test_efficientnet", 3, pretrained=False, img_size=32)
+used = data_utils.Classifier(model, list("abc"), [0.5] * 3)
+load_notebook_functions("survey").predict_to(used, {folder!r}, {folder!r} + ".csv", 64)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # Linux: kB
+"""
+
+
+def measure_memory(folder: Path) -> None:
+    """Compare the most memory that `predict_to` takes for 2 000 and for 200 000 photos."""
+    Image.new("RGB", (32, 32), "teal").save(folder / "a.jpg")
+    found = []
+    for n in (2000, 200_000):
+        photos = folder / str(n)
+        photos.mkdir()
+        for i in range(n):
+            os.link(folder / "a.jpg", photos / f"{i:06}.jpg")
+        code = SURVEY.format(paths=sys.path[:2], folder=str(photos))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        lines = (folder / f"{n}.csv").read_text().count("\n")
+        assert lines == n + 1, lines
+        found.append(float(done.stdout))
+    what = "memory for the table of 200 000 photos"
+    ROWS.append((what, f"{found[1]:.0f} MB", f"{found[0]:.0f} MB (2 000)", ""))
+
+
 def measure_partition(_: Path) -> None:
     """Time the split and compare how far label rates are from equal."""
     split = load_notebook_functions("partitioning").group_stratified_split
@@ -307,7 +337,7 @@ def measure_threads(_: Path, rounds: int = 5) -> None:
 
 
 MEASUREMENTS = (measure_decoding, measure_decoders, measure_loader, measure_split)
-MEASUREMENTS += (measure_prediction,)
+MEASUREMENTS += (measure_prediction, measure_memory)
 MEASUREMENTS += (measure_partition, measure_channels_last, measure_mldecoder, measure_threads)
 
 

@@ -167,7 +167,7 @@ def test_two_files_and_the_helper_are_all_it_takes(classifier, saved, photos, tm
 
 
 def test_probabilities_are_the_models_own(monkeypatch, photos):
-    monkeypatch.setattr(du, "fast_precision", lambda *given: "no")
+    monkeypatch.setattr(du, "fast_precision", lambda *_, **__: "no")
     model = tiny_model()
     table = du.Classifier(model, LABELS, THRESHOLDS).predict(photos[1][0])
     image = du.make_transforms(model, train=False)(du.open_image(photos[1][0]))

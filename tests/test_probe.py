@@ -240,7 +240,7 @@ def test_features_of_a_distilled_model_are_kept_on_disk_too(survey, tmp_path):
 
 @pytest.mark.parametrize("head", ["linear", "csra", "mldecoder"])
 def test_head_learns_on_the_frozen_backbone(survey, head, monkeypatch):
-    monkeypatch.setattr(du, "fast_precision", lambda *_: "no")  # bf16 would move the scores
+    monkeypatch.setattr(du, "fast_precision", lambda *_, **__: "no")  # bf16 would move the scores
     options = {"decoder_embedding": 16, "dim_feedforward": 16} if head == "mldecoder" else {}
     model, sets = du.build_run(settings(survey), head, **options)
     layers = {id(p) for p in model.get_classifier().parameters()}

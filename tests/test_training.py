@@ -1101,7 +1101,11 @@ def test_half_precision_only_where_the_cpu_has_it_and_not_for_depth_wise_convolu
     depth_wise = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 1, groups=4) for _ in range(12)))
     assert du.fast_precision(products) == wanted
     assert du.fast_precision(dense) == wanted
+    assert du.fast_precision(depth_wise) == du.fast_precision(depth_wise, training=False) == "no"
+    capabilities = {"avx512_bf16": True, "amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert du.fast_precision(depth_wise) == "no"
+    assert du.fast_precision(depth_wise, training=False) == "bf16"
 
 
 def test_model_that_stays_on_the_cpu_gets_the_precision_of_the_cpu(monkeypatch):
