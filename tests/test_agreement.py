@@ -125,7 +125,7 @@ def test_majority_of_graded_certainty_decides(write_ndjson, options, mean, by_vo
 def test_tie_of_certainties_is_present_whatever_the_last_digit(write_ndjson):
     answers = said(write_ndjson, {"ann": MAYBE, "ben": LIKELY, "cat": SURE})
     certainty = {3: 0.2, 2: 0.6, 1: 0.7}
-    assert to_targets(answers, soft=certainty)["Lily"][0] < 0.5
+    assert to_targets(answers, soft=certainty)["Lily"][0] == pytest.approx(0.5)  # or just below
     assert to_targets(answers, soft=certainty, hard=True)["Lily"][0] == 1
 
 
