@@ -1009,6 +1009,17 @@ TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  #
 _SWAPPING = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
 
 
+def is_whole_panorama(path: PathLike) -> bool:
+    """Say whether a photo is twice as wide as high, as a full sphere is; False if unreadable."""
+    with contextlib.suppress(OSError), Image.open(path) as image:
+        return _is_sphere(image)
+    return False
+
+
+def _is_sphere(image: Image.Image) -> bool:
+    return abs(image.width - 2 * image.height) <= 0.02 * image.width
+
+
 def _find_turn(image: Image.Image) -> Image.Transpose | None:
     """Return what sets an image upright; broken EXIF never costs a photo."""
     try:
@@ -2345,13 +2356,16 @@ def alone_in(
     folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
 ) -> Iterator[None]:
     """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0) if wanted else contextlib.nullcontext():
-            yield
-    except Timeout:
-        fix = f"let it end or stop it first, or give this one another {other}"
-        raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
+    with contextlib.ExitStack() as held:
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                if wanted:
+                    held.enter_context(FileLock(folder / ".lock", timeout=0))
+        except Timeout:
+            fix = f"let it end or stop it first, or give this one another {other}"
+            raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
+        yield
 
 
 def _remove_resume_point(folder: Path) -> None:
@@ -3185,7 +3199,7 @@ class _Views(Dataset):
         name = str(item) if isinstance(item, PathLike) else f"image {index}"
         try:
             image = open_image(item, (height, width * (1 + self.halves)))
-            if self.panorama and abs(image.width - 2 * image.height) > 0.02 * image.width:
+            if self.panorama and not _is_sphere(image):
                 raise OSError(f"{name}: {image.width} × {image.height} px is no 2:1 panorama.")
         except OSError as error:
             return torch.full((1 + self.halves, 3, height, width), torch.nan), name, str(error)

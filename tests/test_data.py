@@ -869,3 +869,11 @@ def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
         assert np.array_equal(du.open_image(image), expected)
     assert np.array_equal(du.open_image(tmp_path / "a.jpg"), expected)
     assert np.array_equal(du.open_image(tmp_path / "a.jpg", expected.shape[:2]), expected)
+
+
+@pytest.mark.parametrize(("size", "is_whole"), [((64, 32), True), ((32, 32), False)])
+def test_whole_panoramas_are_told_by_their_shape(tmp_path, size, is_whole):
+    Image.new("RGB", size).save(tmp_path / "a.jpg")
+    assert du.is_whole_panorama(tmp_path / "a.jpg") == is_whole
+    (tmp_path / "a.jpg").write_bytes(b"no photo")
+    assert not du.is_whole_panorama(tmp_path / "a.jpg")

@@ -124,6 +124,8 @@ def test_photos_that_all_fail_give_an_empty_table(classifier, tmp_path):  # noqa
         ("names.csv", "names.csv: expected a CSV with commas and a column image_path .*"),
         ("torn.csv", "torn.csv: expected a CSV with commas and a column image_path .*"),
         ("raw.csv", "raw.csv: expected a CSV with commas and a column image_path .*"),
+        ("gap.csv", r"gap.csv: expected .* image_path \(photo 2 has no name\)."),
+        ("a.txt", "a.txt: expected a folder, a CSV, a pattern or a photo."),
     ],
 )
 def test_input_without_photos_is_named(classifier, tmp_path, monkeypatch, images, problem):  # noqa: F811
@@ -132,9 +134,58 @@ def test_input_without_photos_is_named(classifier, tmp_path, monkeypatch, images
     Path("names.csv").write_text("name\na.jpg\n")
     Path("torn.csv").write_text('image_path,tree\na.jpg,1\n"b,1\n')
     Path("raw.csv").write_bytes(b"image_path\n\xff\xfe\x00.jpg\n")
+    Path("gap.csv").write_text("image_path,tree\na.jpg,1\n,1\n")
+    Path("a.txt").write_text("a.jpg")
     with pytest.raises((FileNotFoundError, ValueError), match=f"^{problem}$"):
         nb.predict_to(classifier, images, "out/predictions.csv")
-    assert not Path("out/predictions.csv").exists()
+    assert not Path("out").exists() or not [*Path("out").iterdir()]
+
+
+def test_folder_in_a_list_is_no_photo(classifier, survey, tmp_path):  # noqa: F811
+    photos = [survey / "day 1" / "4.jpg", survey / "day 0"]
+    nb.predict_to(classifier, photos, tmp_path / "predictions.csv", **SIZES)
+    assert stored(tmp_path / "predictions.csv")["image"].tolist() == [str(photos[0])]
+    failed = pd.read_csv(tmp_path / "failed.csv")
+    assert failed.to_numpy().tolist() == [[str(photos[1]), "a folder, not a photo"]]
+
+
+def test_a_hundred_photos_lost_in_a_row_stop_it(classifier, survey, tmp_path):  # noqa: F811
+    photos = [survey / "day 1" / "4.jpg"] * 20 + [f"gone/{i}.jpg" for i in range(180)]
+    path = tmp_path / "predictions.csv"
+    with pytest.raises(OSError, match=r"gone/129\.jpg: the 100th in a row; is the disk still"):
+        nb.predict_to(classifier, photos, path, chunk=150)
+    assert not path.exists()
+    assert nb.predict_to(classifier, photos[:70], tmp_path / "other.csv", chunk=150)["photos"] == 70
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="may write everywhere")
+def test_read_only_folder_is_one_sentence(classifier, survey, tmp_path):  # noqa: F811
+    tmp_path.chmod(0o555)
+    with pytest.raises(OSError, match=r"predictions\.csv\.parts: cannot be written \(Permission"):
+        nb.predict_to(classifier, survey, tmp_path / "predictions.csv", **SIZES)
+    tmp_path.chmod(0o755)
+
+
+def test_file_in_the_place_of_a_folder_is_one_sentence(classifier, survey, tmp_path):  # noqa: F811
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OSError, match=r"csv\.parts: cannot be written \(.*\); free some space or"):
+        nb.predict_to(classifier, survey, tmp_path / "out" / "predictions.csv", **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("names", "images", "sites"),
+    [
+        (["a/1.jpg", "b/c/2.jpg"], "{}", ["a", "b"]),
+        (["a/1.jpg", "b/c/2.jpg"], "{}/*/**/*.jpg", ["a", "b"]),
+        (["s/a/1.jpg", "s/b/2.jpg"], "{}/list.csv", ["a", "b"]),
+        (["1.jpg", "2.jpg"], "{}/[12].jpg", ["all", "all"]),
+        (["a/1.jpg"], "{}/*/1.jpg", ["a"]),
+    ],
+)
+def test_site_is_the_first_folder_of_what_is_asked_for(tmp_path, names, images, sites):
+    paths = [str(tmp_path / name) for name in names]
+    found = nb.with_places(pd.DataFrame({"image": paths}), images.format(tmp_path))
+    assert found["site"].tolist() == sites
 
 
 def test_other_suffix_is_refused(classifier, tmp_path):  # noqa: F811
