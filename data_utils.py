@@ -963,9 +963,7 @@ def write_partition(df: pd.DataFrame, path: PathLike, classes: Sequence[str] = (
     table = df.assign(image_path=[name.replace(os.sep, "/") for name in relative])
     if len(classes):
         class_numbers(df[CLASS], classes)  # refuses a name that is none of them
-        with replacing(start / "classes.txt") as temporary:
-            text = "".join(f"{name}\n" for name in classes)
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_text(start / "classes.txt", "".join(f"{name}\n" for name in classes))
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, errors="backslashreplace")
 
@@ -3871,17 +3869,14 @@ def write_report(run_dir: PathLike, most: int = 8) -> Path:
     part = DataPartition(part, labels)
     table = used.predict(part.paths, config.batch_size, config.num_workers)
     probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
-    cut = used.cuts
     sections = {
         "Data": _report_data(parts, labels),
         "Training": _report_training(config, history, used.description),
-        "Scores on the test part": _report_scores(part, probs, cut, config.seed),
+        "Scores on the test part": _report_scores(part, probs, used.cuts, config.seed),
         "Do the probabilities come true?": _report_reliability(part, probs),
         "The surest mistakes": _report_mistakes(used, part, probs, reported.to_numpy(), most),
     }
     title = f"{run.name}: {config.model_name}, {used.model.spec['head']} head"
     page = jinja2.Template(_PAGE, autoescape=True)
-    text = page.render(title=title, sections=sections, draw=_to_html)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_text(path, page.render(title=title, sections=sections, draw=_to_html))
     return path
