@@ -287,12 +287,10 @@ KILLED = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import os, random, signal, threading, time
+import data_utils as du
 import test_classifier as t
 from conftest import load_notebook_functions
-import data_utils as du
-from conftest import load_notebook_functions
 nb = load_notebook_functions("survey")
-classifier = du.Classifier(t.tiny_model(), t.LABELS, t.THRESHOLDS, "half", t.PANORAMA_THRESHOLDS)
 for attempt in range(100):
     child = os.fork()
     if child == 0:
@@ -304,6 +302,9 @@ for attempt in range(100):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(image, size)
             du.open_image = opened
+        # not before the fork: OpenMP's threads do not come along
+        model = t.tiny_model()
+        classifier = du.Classifier(model, t.LABELS, t.THRESHOLDS, "half", t.PANORAMA_THRESHOLDS)
         nb.predict_to(classifier, {photos!r}, {path!r}, batch_size=2, chunk=3)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
