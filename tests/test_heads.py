@@ -860,7 +860,7 @@ def test_comparison_is_told_with_its_interval_and_what_got_worse(notebook_functi
     text = notebook_functions("csra").tell(table)
     interval = "mAP {:+.3f} ({:+.3f} to {:+.3f}).".format(*total)
     assert text.startswith(f"{start} on this test part, one seed: {interval}")
-    assert "Worse: ['Tree -0.064 (-0.194 to -0.007)']" in text
+    assert "Worse: Tree -0.064 (-0.194 to -0.007).\nClearly better: none." in text
     assert "no label" in notebook_functions("csra").tell(table.drop("Tree"))
 
 
