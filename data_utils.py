@@ -2522,7 +2522,7 @@ class Trainer:
 
         The stop button ends it and sets `stopped`; what `after_epoch` raises at a row ends it too.
         """
-        if self.history:
+        if self.history or self.step:
             raise RuntimeError("this Trainer has trained; call resume() or make a new Trainer.")
         with alone_in(self.run_dir, self.accelerator.is_main_process):
             if self.accelerator.is_main_process:
