@@ -2453,7 +2453,9 @@ class Trainer:
         if not hasattr(model, "data_config"):  # a head alone: too small to be worth it
             return replace(config, precision="auto")
         names, last = ("precision", "channels_last"), self.run_dir / "last" / "trainer.json"
-        saved = read_state(self.run_dir / "config.json") if last.is_file() else {}
+        saved, fix = {}, f"delete {last.parent} to start again"
+        if last.is_file():  # new options: their defaults
+            saved = asdict(TrainConfig()) | read_state(self.run_dir / "config.json", fix)
         if all(saved.get(k) == v for k, v in asdict(config).items() if k not in {*names, *_FREE}):
             return replace(config, **{name: saved[name] for name in names})
         state, trial = PartialState(), copy.deepcopy(model)
