@@ -2764,12 +2764,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 torch.save(self.ema.module.state_dict(), temporary / "ema.pt")
+            with replacing(self.run_dir / "history.csv") as path:
+                pd.DataFrame(self.history).to_csv(path, index=False)
             state = self.circumstances | {"history": self.history}
             _write_json(temporary / "trainer.json", state)
             _remove_resume_point(last)
             os.replace(temporary, last)
-            with replacing(self.run_dir / "history.csv") as path:
-                pd.DataFrame(self.history).to_csv(path, index=False)
         self.accelerator.wait_for_everyone()
 
 
