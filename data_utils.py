@@ -2284,7 +2284,7 @@ def build_run(
 def _look_at(model: nn.Module, config: TrainConfig, scale: float) -> bool:
     """Let a model that takes any size be used on photos of `scale` × the size in training."""
     timms = getattr(getattr(model, "backbone", model), "pretrained_cfg", {})
-    if scale == 1 or timms.get("fixed_input_size", True):
+    if scale == 1 or timms.get("fixed_input_size", True) or "test_input_size" in model.data_config:
         return False
     larger = (max(round(side * scale / 32), 1) * 32 for side in config.img_size)
     model.data_config["test_input_size"] = [3, *larger]  # timm's own name for it
