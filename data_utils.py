@@ -2265,7 +2265,7 @@ def build_run(
     parts, labels = load_parts(config.partition_dir, names)
     if config.labels and config.labels != labels:
         raise ValueError(f"{config.partition_dir}: other labels than the run's; restore them.")
-    head_kwargs = head_kwargs if head else config.head_kwargs
+    head_kwargs = head_kwargs if head else config.head_kwargs | head_kwargs
     targets = read_targets(parts["train"], labels)
     rates = base_rate_logits(targets, config.loss == "ce", len(labels))
     set_seed(config.seed)
