@@ -2248,8 +2248,7 @@ class TrainConfig:
 
 
 _FREE = {"patience", "num_workers", "compile", "cache_dir", "cache_gb", "flip_test", "rolls"}
-TUNABLE = list(TrainConfig.__dataclass_fields__)
-TUNABLE = TUNABLE[: TUNABLE.index("head_kwargs")]  # what says how to learn
+TUNABLE = [*itertools.takewhile("head_kwargs".__ne__, TrainConfig.__dataclass_fields__)]
 
 
 # ---------------------------------------------------------------- training
