@@ -1177,7 +1177,7 @@ class DataPartition(Dataset):
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.targets[index])
 
-    def rows(self, rows: slice) -> "DataPartition":
+    def rows(self, rows: slice | Array) -> "DataPartition":
         """Return a part of it, small to send to another machine."""
         part = copy.copy(self)
         for name in ("_paths", "_groups", "targets"):
@@ -2322,7 +2322,7 @@ def start_from_probe(
 
     A linear head becomes a probe, another has 20 epochs on feature maps of 4 000 photos at most.
     """
-    train, val = copy.copy(parts["plain"]), parts["val"]
+    train, val = parts["plain"], parts["val"]
     if model.spec["head"] == "linear":
         x, x_val = (extract_features(model, part, config, pooled=True) for part in (train, val))
         options = {"exclusive": config.loss == "ce", "num_classes": len(train.label_columns)}
@@ -2330,8 +2330,7 @@ def start_from_probe(
         use_probe(model, probe)
         return mean_average_precision(val.targets, probe(x_val).detach().numpy())
     rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:4000])
-    train.paths, train.targets = np.array(train.paths, object)[rows], train.targets[rows]
-    sets = [store_features(model, part, config) for part in (train, val)]
+    sets = [store_features(model, part, config) for part in (train.rows(rows), val)]
     taken = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
     own = {key: getattr(config, key) for key in taken} | {"epochs": 20, "warmup_epochs": 1}
     own["learning_rate"] = model.get_classifier().frozen_rate
