@@ -2437,7 +2437,6 @@ class Trainer:
         GradientState._reset_state()  # train more than once
         loading = DataLoaderConfiguration(non_blocking=True)
         self.accelerator = Accelerator(mixed_precision=precision, dataloader_config=loading)
-        self.accelerator.gradient_accumulation_steps = config.grad_accum_steps
         set_seed(config.seed)
         self.metric = "val_top1" if config.loss == "ce" else "val_mAP"
         self.prepare_loss(train_set)
@@ -2562,7 +2561,7 @@ class Trainer:
         try:
             history = state["history"]
             if np.isfinite([*map(self._score, history)]).any():
-                self._load_best()
+                self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
             self.accelerator.load_state(str(last))
             if self.ema is not None:
                 weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
@@ -2572,9 +2571,6 @@ class Trainer:
             fix = "if it is damaged, make a new Trainer and call fit() to start again"
             raise ValueError(f"{last}: cannot be read ({first_line(error)}); {fix}.") from None
         self.history = history
-
-    def _load_best(self) -> None:
-        self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
@@ -2647,7 +2643,7 @@ class Trainer:
             raise ValueError(f"batch norm cannot learn from one photo at a time; {fix}.") from None
         self.accelerator.wait_for_everyone()
         if self.history and self.best_path.is_file():
-            self._load_best()
+            self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
         return pd.DataFrame(self.history)
 
     def _has_patience(self) -> bool:
