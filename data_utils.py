@@ -2686,10 +2686,8 @@ class Trainer:
         scores = {"val_loss": self.criterion(logits, targets).item()}
         scores |= {"val_mAP": mean_average_precision(self.val_set.targets, probs)}
         if self.config.loss == "ce":
-            numbers = targets
-            if targets.ndim == 2:
-                numbers = targets.argmax(1).where(~targets.isnan().any(1), -1)
-            judged = numbers >= 0
+            judged = (targets >= 0).view(len(targets), -1).all(1)  # NaN is not
+            numbers = targets.argmax(1) if targets.ndim == 2 else targets
             shares = accuracy(logits[judged], numbers[judged], topk=(1, 5))
             scores |= {f"val_top{k}": share.item() / 100 for k, share in zip((1, 5), shares)}
         return scores
