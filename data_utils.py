@@ -2868,11 +2868,10 @@ def _replicates(
     return scores
 
 
-def _interval(values: Array, level: float = 0.95) -> tuple[Array, Array]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+def _interval(values: Array) -> tuple[Array, Array]:
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         samples = values[1:] if len(values) > 1 else values * np.nan
-        return tuple(np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0))
+        return tuple(np.nanquantile(samples, [(1 - 0.95) / 2, (1 + 0.95) / 2], axis=0))
 
 
 def score_labels(
@@ -2961,8 +2960,7 @@ def _best_cut(targets: Array, probs: Array, beta: float, min_precision: float | 
     known = ~np.isnan(targets)
     if not known.any():
         return 0.5, -1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a label that is never present
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a label never present
         curve = precision_recall_curve(targets[known] >= 0.5, probs[known])
     precision, recall, cuts = curve[0][-2::-1], curve[1][-2::-1], curve[2][::-1]  # highest first
     score = (1 + beta**2) * precision * recall / (beta**2 * precision + recall).clip(1e-12)
