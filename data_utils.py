@@ -3099,9 +3099,7 @@ def fit_calibration(
     losses = {None: [_log_loss(z[out], y[out], exclusive).item() for _, out in folds]}
     for spread in CALIBRATION_SPREADS[: 1 if exclusive else None]:
         fits = [(_fit_slopes(z[rows], y[rows], spread, exclusive), out) for rows, out in folds]
-        losses[spread] = [
-            _log_loss(z[out] * a + b, y[out], exclusive).item() for (a, b), out in fits
-        ]
+        losses[spread] = [_log_loss(z[i] * a + b, y[i], exclusive).item() for (a, b), i in fits]
     spread = min(losses, key=lambda name: sum(losses[name]))
     gain = np.subtract(losses[None], losses[spread])
     if spread is None or gain.mean() <= gain.std(ddof=1) / len(gain) ** 0.5:
