@@ -180,7 +180,7 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 def _write_json(path: PathLike, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False))
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=np.ndarray.tolist))
 
 
 def _save_weights(model: nn.Module, path: Path) -> str:
@@ -3262,13 +3262,7 @@ class Classifier:
         """Write model.safetensors and best_classifier.json; of several processes in one only."""
         weights, path = Path(run_dir) / WEIGHTS, Path(run_dir) / "best_classifier.json"
         content = {"format_version": FORMAT_VERSION, **self.model.spec, **self.model.data_config}
-        content |= {name: getattr(self, name) for name in ("labels", "view", "activation", "flip")}
-        content |= {"rolls": self.rolls, "combine": self.combine}
-        usual = self.usual or {}
-        content["usual"] = {name: value.tolist() for name, value in usual.items()} or None
-        for name in ("thresholds", "calibration", "bands"):
-            for key in (name, f"panorama_{name}"):
-                content[key] = None if (rule := getattr(self, key)) is None else rule.tolist()
+        content |= {option.name: getattr(self, option.name) for option in fields(self)[1:]}
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
         trained_in = _is_main() and (path.parent / ".lock").exists()  # a Trainer may still write
         with alone_in(path.parent, trained_in):
