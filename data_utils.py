@@ -3504,15 +3504,9 @@ def _check_description(content: dict) -> None:
     version, newest = content["format_version"], FORMAT_VERSION
     if version not in range(1, newest + 1):
         raise ValueError(f"format_version {version}, expected 1 to {newest}.")
-    kinds = {
-        str: "model_name head weights sha256 view activation interpolation combine",
-        bool: "flip",
-    }
-    kinds |= {
-        list: "labels img_size thresholds panorama_thresholds mean std",
-        int: "num_labels rolls",
-    }
-    kinds |= {dict: "model_kwargs head_kwargs"}
+    kinds = {str: "model_name head weights sha256 view activation interpolation combine"}
+    kinds |= {list: "labels img_size thresholds panorama_thresholds mean std", bool: "flip"}
+    kinds |= {dict: "model_kwargs head_kwargs", int: "num_labels rolls"}
     for kind, key in ((kind, key) for kind, keys in kinds.items() for key in keys.split()):
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{key} is missing or no {kind.__name__}.")
