@@ -3544,11 +3544,7 @@ def _check_description(content: dict) -> None:
 
 
 def show_images(
-    images: Sequence[Any],
-    titles: Sequence[str] | None = None,
-    columns: int = 4,
-    width: float = 2.6,
-    bar: str = "",
+    images: Sequence, titles: Sequence = (), columns: int = 4, width: float = 2.6, bar: str = ""
 ) -> plt.Figure:
     """Draw images (paths, PIL or arrays), each `width` inches wide, in a grid.
 
