@@ -3455,7 +3455,8 @@ class Classifier:
     def fingerprint(self) -> str:
         """Return what changes with weights, labels, thresholds and whatever else decides."""
         weights = {k: v.float().cpu().numpy() for k, v in self.model.state_dict().items()}
-        return joblib.hash([weights, *(getattr(self, option.name) for option in fields(self)[1:])])
+        rules = [getattr(self, option.name) for option in fields(self)[1:]]
+        return joblib.hash([weights, str(self.transform), *rules])
 
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
