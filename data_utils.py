@@ -3319,8 +3319,8 @@ class Classifier:
             raise ValueError(f"{weights}: not the file that {path.name} was saved with (sha256).")
         kwargs = {key: content[key] for key in ("num_labels", "head", "img_size")}
         try:
-            kwargs |= content["head_kwargs"] | content["model_kwargs"]
-            model = build_model(content["model_name"], pretrained=False, **kwargs)
+            options = content["head_kwargs"] | content["model_kwargs"]
+            model = build_model(content["model_name"], pretrained=False, **kwargs, **options)
             own = {"mean", "std", "interpolation", "test_input_size"} & content.keys()
             model.data_config |= {key: content[key] for key in own}
             classifier = cls(model, *(content[option.name] for option in fields(cls)[1:]))
@@ -3502,16 +3502,15 @@ def _check_labels(path: Path, found: list[str], wanted: list[str]) -> None:
 
 def _check_description(content: dict) -> None:
     """Refuse a best_classifier.json that is broken or would reach outside its folder."""
-    version, newest = content["format_version"], FORMAT_VERSION
-    if version not in range(1, newest + 1):
-        raise ValueError(f"format_version {version}, expected 1 to {newest}.")
+    if (version := content["format_version"]) not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(f"format_version {version}, expected 1 to {FORMAT_VERSION}.")
     kinds = {str: "model_name head weights sha256 view activation interpolation combine"}
     kinds |= {list: "labels img_size thresholds panorama_thresholds mean std", bool: "flip"}
     kinds |= {dict: "model_kwargs head_kwargs", int: "num_labels rolls"}
     for kind, key in ((kind, key) for kind, keys in kinds.items() for key in keys.split()):
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{key} is missing or no {kind.__name__}.")
-    name, weights, labels = (content[key] for key in ("model_name", "weights", "labels"))
+    weights, labels = content["weights"], content["labels"]
     texts = {label for label in labels if isinstance(label, str)}
     numbers = [v for k in ("thresholds", "panorama_thresholds", "mean", "std") for v in content[k]]
     finite = all(type(v) in (int, float) and np.isfinite(v) for v in numbers)
@@ -3519,11 +3518,9 @@ def _check_description(content: dict) -> None:
     sizes = [v for k, v in content["head_kwargs"].items() if k not in ("lam", "dropout")]
     sides = content.get("test_input_size", [3, *content["img_size"]])
     reaching = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
-    reaching |= {"name", "pretrained", "num_labels", "head", "img_size", "features_only"}
     reaching &= content["model_kwargs"].keys() | content["head_kwargs"].keys()
     rules = {
         "weights must be a file name beside it": Path(weights).name == weights.replace("\\", "/"),
-        f"timm has no model {name!r}": timm.is_model(name),
         f"{len(labels)} labels are not num_labels": len(labels) == content["num_labels"],
         "labels should be different texts": len(texts) == len(labels),
         "thresholds, mean and std should be numbers": finite,
@@ -3536,9 +3533,8 @@ def _check_description(content: dict) -> None:
         ),
         f"model_kwargs may not hold {brief(sorted(reaching))}": not reaching,
     }
-    problem = next((problem for problem, is_met in rules.items() if not is_met), None)
-    if problem:
-        raise ValueError(f"{problem}.")
+    if wrong := [problem for problem, is_met in rules.items() if not is_met]:
+        raise ValueError(f"{wrong[0]}.")
 
 
 # ---------------------------------------------------------------- plots
