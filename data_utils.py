@@ -3789,12 +3789,6 @@ def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> l
     return [said, overall, table.drop(columns="note"), "Site by site:", by_site]
 
 
-def _report_reliability(part: DataPartition, probs: Array) -> list:
-    table = reliability(*_as_scored(part.targets, probs))
-    said = "Where dots lie on the dashed line, as many cells show the label as was said."
-    return [said, plot_reliability({"test part": table})]
-
-
 def _report_mistakes(
     used: Classifier, part: DataPartition, probs: Array, reported: Array, most: int
 ) -> list:
@@ -3840,11 +3834,13 @@ def write_report(run_dir: PathLike, most: int = 8) -> Path:
     part = DataPartition(part, labels)
     table = used.predict(part.paths, config.batch_size, config.num_workers)
     probs, reported = table[[f"{n}_prob" for n in labels]].to_numpy(), table[labels] == 1
+    dots = "Where dots lie on the dashed line, as many cells show the label as was said."
+    tenths = reliability(*_as_scored(part.targets, probs))
     sections = {
         "Data": _report_data(parts, labels),
         "Training": _report_training(config, history, used.description),
         "Scores on the test part": _report_scores(part, probs, used.cuts, config.seed),
-        "Do the probabilities come true?": _report_reliability(part, probs),
+        "Do the probabilities come true?": [dots, plot_reliability({"test part": tenths})],
         "The surest mistakes": _report_mistakes(used, part, probs, reported.to_numpy(), most),
     }
     title = f"{run.name}: {config.model_name}, {used.model.spec['head']} head"
