@@ -2265,8 +2265,7 @@ def build_run(
     if config.labels and config.labels != labels:
         raise ValueError(f"{config.partition_dir}: other labels than the run's; restore them.")
     head_kwargs = head_kwargs if head else config.head_kwargs | head_kwargs
-    targets = read_targets(parts["train"], labels)
-    rates = base_rate_logits(targets, config.loss == "ce", len(labels))
+    rates = base_rate_logits(read_targets(parts["train"], labels), config.loss == "ce", len(labels))
     set_seed(config.seed)
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     options |= {"head": head or config.head, "pretrained": config.pretrained, "head_bias": rates}
