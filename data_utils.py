@@ -2707,9 +2707,8 @@ class Trainer:
         self.generator.manual_seed(seed)
         self.model.train()
         frozen = nn.modules.batchnorm._BatchNorm if self.config.batch_norm == "frozen" else ()
-        for module in self.plain.modules():
-            if isinstance(module, frozen):
-                module.eval()
+        for norm in (module for module in self.plain.modules() if isinstance(module, frozen)):
+            norm.eval()
         self.model.zero_grad()  # of a batch that an interrupt broke off
         if self.accelerator.scaler is not None:  # fp16: that batch may be half unscaled
             self.accelerator.scaler._per_optimizer_states.clear()
