@@ -2840,10 +2840,9 @@ def _replicates(
     known, true = ~np.isnan(targets), targets >= 0.5
     predicted = decide(probs, "argmax" if numbers.ndim == 1 else thresholds)
     index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
-    n_groups = index.max() + 1
-    rates = np.full(n_groups, 1 / n_groups)
-    drawn = np.random.default_rng(seed).multinomial(n_groups, rates, size=n_bootstrap)
-    weights = np.vstack([np.ones(n_groups), drawn])[:, index]  # (1 + n_bootstrap, N)
+    ones, rng = np.ones(index.max() + 1), np.random.default_rng(seed)
+    drawn = rng.multinomial(len(ones), ones / len(ones), size=n_bootstrap)
+    weights = np.vstack([ones, drawn])[:, index]  # (1 + n_bootstrap, N)
     chunks = np.array_split(weights, max(1, weights.size // 20_000_000))
     scores = {"AP": np.vstack([_average_precision(targets, probs, chunk) for chunk in chunks])}
     cells = (true & predicted, ~true & predicted, true & ~predicted)
