@@ -3277,10 +3277,9 @@ class Classifier:
         The calibration, the thresholds with the best F1 after it and the bands without an answer;
         for panoramas of two halves again, after the combination with the highest mAP.
         """
-        labels, options = part.label_columns, {"view": view, **options}
-        if part.exclusive:
-            options.setdefault("activation", "softmax")
-        exclusive = options.get("activation", "sigmoid") != "sigmoid"
+        labels, usual = part.label_columns, "softmax" if part.exclusive else "sigmoid"
+        options = {"view": view, "activation": usual, **options}
+        exclusive = options["activation"] != "sigmoid"
         rules = _choose_rules(probs, part.targets, labels, part.groups, exclusive)
         if exclusive or view == "panorama":
             return cls(model, labels, **rules | options)
