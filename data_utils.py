@@ -2457,10 +2457,9 @@ class Trainer:
         state, trial = PartialState(), copy.deepcopy(model)
         if config.grad_checkpointing:
             getattr(trial, "backbone", trial).set_grad_checkpointing()
-        n, wanted = min(8, max(2, config.batch_size)), config.channels_last
-        layouts = (False, True) if gains_by_channels_last(model) else (False,)
+        n, said = min(8, max(2, config.batch_size)), config.channels_last
         images = torch.stack([photos[i % len(photos)][0] for i in range(n)]).to(state.device)
-        layouts = layouts if wanted is None else (wanted,)
+        layouts = (False, True)[: 1 + gains_by_channels_last(model)] if said is None else (said,)
         rates = {c: n / s for c, s in time_steps(trial.to(state.device), images, layouts).items()}
         shown = ", ".join(f"{p}{' channels_last' * c} {r:.1f}" for (p, c), r in rates.items())
         state.print(f"photos/s measured, the first is taken: {shown}")
