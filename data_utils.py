@@ -2594,14 +2594,13 @@ class Trainer:
     ) -> torch.Tensor:
         model, accelerator = self.ema.module if weights == "ema" else self.model, self.accelerator
         model.eval()
-        ranks = accelerator.num_processes, accelerator.process_index
         if weights == "ema" and accelerator.num_processes > 1:  # each has its own batch norm
             for buffer in model.buffers():
                 buffer.copy_(broadcast(buffer))
         loader = make_loader(dataset, self.config.batch_size, num_workers=self.config.num_workers)
         # accelerator.prepare would keep this loader as long as the trainer
         options = {"put_on_device": True, "non_blocking": True}
-        loader = prepare_data_loader(loader, accelerator.device, *ranks, **options)
+        loader = prepare_data_loader(loader, accelerator.device, **options)
         logits = [torch.empty(0, len(dataset.label_columns), device=accelerator.device)]
         with torch.inference_mode(), accelerator.autocast():
             for images, _ in loader:
