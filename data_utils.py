@@ -593,7 +593,7 @@ def _read_words(column: pd.Series) -> pd.Series:
     return column.mask(yes, "1").mask(no, "0") if is_words else column
 
 
-def _take_names(table: pd.DataFrame, path: str | os.PathLike) -> pd.Series:
+def _take_names(table: pd.DataFrame, path: PathLike) -> pd.Series:
     """Return the first column as `image`; every file name must be there, and once."""
     names = table.iloc[:, 0].rename("image")
     if names.empty:
@@ -605,7 +605,7 @@ def _take_names(table: pd.DataFrame, path: str | os.PathLike) -> pd.Series:
     return names
 
 
-def _check_lists(cells: pd.Series, path: str | os.PathLike) -> None:
+def _check_lists(cells: pd.Series, path: PathLike) -> None:
     """Refuse what could be a list as well as one label: "haze primary", "1 2"."""
     given = cells[cells != ""].drop_duplicates()
     spaced = given[given.str.contains(r"\s")]
@@ -617,7 +617,7 @@ def _check_lists(cells: pd.Series, path: str | os.PathLike) -> None:
 
 
 def read_csv_labels(
-    path: str | os.PathLike,
+    path: PathLike,
     unlisted: str = "unknown",
     keep: Sequence[str] = (),
     separator: str | None = None,
@@ -709,7 +709,7 @@ def _list_classes(root: Path) -> pd.DataFrame:
     return found
 
 
-def _class_names(path: str | os.PathLike, folders: Sequence[str]) -> dict[str, str]:
+def _class_names(path: PathLike, folders: Sequence[str]) -> dict[str, str]:
     """Return folder → its words up to the first comma; words of two classes get the folder too."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -734,9 +734,7 @@ def _class_names(path: str | os.PathLike, folders: Sequence[str]) -> dict[str, s
     return names.to_dict()
 
 
-def read_class_folders(
-    root: str | os.PathLike, names_path: str | os.PathLike | None = None
-) -> pd.DataFrame:
+def read_class_folders(root: PathLike, names_path: PathLike | None = None) -> pd.DataFrame:
     """Return `image` (path below root) and `class`; attrs: "classes", "class_depth", "root"."""
     found = _list_classes(Path(root))
     folders = sorted(found[CLASS].unique())  # train/ has them all
@@ -748,9 +746,7 @@ def read_class_folders(
     return table.reset_index(drop=True)
 
 
-def read_class_column(
-    path: str | os.PathLike, column: str, keep: Sequence[str] = ()
-) -> pd.DataFrame:
+def read_class_column(path: PathLike, column: str, keep: Sequence[str] = ()) -> pd.DataFrame:
     """Return `image`, the columns to keep and `class` of a CSV; an empty cell is unknown."""
     table = read_table(path)
     if lost := {column, *keep} - set(table.columns[1:]):
@@ -769,13 +765,11 @@ def answered_class(answers: pd.DataFrame, question: str) -> pd.DataFrame:
         asked = answers.loc[answers["kind"] == "radio", "question"].unique()
         raise ValueError(f"no radio question {question!r}; there are {brief(asked)}.")
     votes = own.groupby("image", sort=False)["answer"].agg(lambda given: tuple(given.mode()))
-    single = votes[votes.map(len) == 1].str[0]
+    clear = votes[votes.map(len) == 1].str[0]
     if (unlike := own.groupby("image")["answer"].nunique().gt(1)).any():
-        print(
-            f"{unlike.sum()} images got several answers, {len(votes) - len(single)} of them a tie"
-        )
+        print(f"{unlike.sum()} images got several answers, {len(votes) - len(clear)} of them a tie")
     images = pd.Series(answers["image"].unique(), name="image")
-    table = pd.DataFrame({"image": images, CLASS: images.map(single)})
+    table = pd.DataFrame({"image": images, CLASS: images.map(clear)})
     table.attrs["classes"] = sorted(table[CLASS].dropna().unique())
     return table
 
@@ -1696,9 +1690,7 @@ def _start_head(model, bias):
             layer.bias.copy_(bias)
 
 
-def base_rate_logits(
-    targets: np.ndarray, exclusive: bool = False, num_classes: int = 0
-) -> np.ndarray:
+def base_rate_logits(targets: Array, exclusive: bool = False, num_classes: int = 0) -> Array:
     """Return the logit (`exclusive`: log, for a softmax) of each label's rate in known cells, (L,).
 
     A head that starts there has no loss to lose by learning the rates. Of class numbers (N,)
@@ -3393,9 +3385,7 @@ class Classifier:
         """Return what `predict` makes of the probabilities (..., L) of the model itself."""
         return calibrate(probs, self.calibration, self.exclusive)
 
-    def _table(
-        self, names: Sequence[str], probs: Array, panorama: bool, abstain: bool
-    ) -> pd.DataFrame:
+    def _table(self, names: list[str], probs: Array, panorama: bool, abstain: bool) -> pd.DataFrame:
         """Return one line per image and view of `probs` (N, V, L), and one for both halves."""
         parts, levels, probs = ["panorama"], [""], self.calibrate(probs)
         if probs.shape[1] == 2:
