@@ -50,16 +50,10 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    broadcast,
-    broadcast_object_list,
-    parse_flag_from_env,
-    set_seed,
-)
+from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from scipy.sparse import csr_array
