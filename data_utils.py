@@ -2333,9 +2333,7 @@ def read_state(path: Path, fix: str = "call fit() to start again") -> dict[str, 
 
 
 @contextlib.contextmanager
-def alone_in(
-    folder: Path, wanted: bool, what: str = "training", other: str = "RUN_DIR"
-) -> Iterator[None]:
+def alone_in(folder: Path, wanted: bool, what: str = "training", name: str = "RUN_DIR") -> Iterator:
     """Refuse a second writer of a run; the system takes the lock from a process that was killed."""
     with contextlib.ExitStack() as held:
         try:
@@ -2344,7 +2342,7 @@ def alone_in(
                 if wanted:
                     held.enter_context(FileLock(folder / ".lock", timeout=0))
         except Timeout:
-            fix = f"let it end or stop it first, or give this one another {other}"
+            fix = f"let it end or stop it first, or give this one another {name}"
             raise RuntimeError(f"{folder}: another {what} runs in this folder; {fix}.") from None
         yield
 
