@@ -90,6 +90,7 @@ PathLike = str | os.PathLike
 Array = np.ndarray
 Cuts = float | Sequence[float] | str
 Groups = Sequence | None
+AfterEpoch = Callable[[dict[str, float]], None] | None
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _NO = (  # answers that raise no flag; "not useful" raises it
     r"(\d+ ?- ?)?(0|no?|none|never|nothing|false|nein|non|nee|ok|okay|fine|good|no[,;:] .*"
@@ -2498,7 +2499,7 @@ class Trainer:
         self.scheduler.step_update(self.step)
         return np.array(rates)
 
-    def fit(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
+    def fit(self, after_epoch: AfterEpoch = None) -> pd.DataFrame:
         """Train from the start and return the history; the model then holds the best weights.
 
         The stop button ends it and sets `stopped`; what `after_epoch` raises at a row ends it too.
@@ -2514,16 +2515,14 @@ class Trainer:
                 self._end_epoch(0, float("nan"), 0.0)
             return self._run(after_epoch)
 
-    def fit_whole(
-        self, after_epoch: Callable[[dict[str, float]], None] | None = None
-    ) -> pd.DataFrame:
+    def fit_whole(self, after_epoch: AfterEpoch = None) -> pd.DataFrame:
         """Do the same as one training of many: the stop button ends what called it, too."""
         history = self.fit(after_epoch)
         if self.stopped:  # a half-trained one would be compared with whole ones
             raise KeyboardInterrupt
         return history
 
-    def resume(self, after_epoch: Callable[[dict[str, float]], None] | None = None) -> pd.DataFrame:
+    def resume(self, after_epoch: AfterEpoch = None) -> pd.DataFrame:
         """Go on from last/ and return the whole history; settings and data must be the same."""
         with alone_in(self.run_dir, self.accelerator.is_main_process):
             last, newer = self.run_dir / "last", self.run_dir / "last.tmp"
@@ -2593,7 +2592,7 @@ class Trainer:
                 logits.append(accelerator.gather_for_metrics(found).float())
         return torch.cat(logits)
 
-    def _run(self, after_epoch: Callable[[dict[str, float]], None] | None) -> pd.DataFrame:
+    def _run(self, after_epoch: AfterEpoch) -> pd.DataFrame:
         """Train the remaining epochs, then take the best weights."""
         config, n_batches = self.config, len(self.loader)
         self.accelerator.gradient_accumulation_steps = config.grad_accum_steps
