@@ -2046,16 +2046,14 @@ class MaskedLoss(nn.Module):
         self.register_buffer("prior", prior, persistent=False)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if targets.ndim == 1:
-            n_judged = (targets >= 0).sum().clamp(min=1)
-            return self.loss(logits.float(), targets).sum() / n_judged
-        known, logits = ~targets.isnan(), logits.float()
-        targets = torch.where(known, targets, self.prior.to(targets.dtype))
+        known, logits = targets >= 0, logits.float()  # neither NaN nor -1
+        if targets.ndim == 2:
+            targets = torch.where(known, targets, self.prior.to(targets.dtype))
         if self.name in ("zlpr", "twoway"):
             loss = self.loss(logits.masked_fill(~known, -1e4), targets)
             n_judged = known.any(1).sum().clamp(min=1)
             return loss * len(known) / n_judged if self.name == "zlpr" else loss
-        counted = known.all(1) if self.name == "ce" else known  # (B,) or (B, L), as the losses
+        counted = known.view(len(known), -1).all(1) if self.name == "ce" else known  # as the losses
         return (self.loss(logits, targets) * counted).sum() / counted.sum().clamp(min=1)
 
 
