@@ -22,7 +22,6 @@ import io
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import sys
@@ -1292,11 +1291,8 @@ def read_ahead(dataset: Dataset, batch_size: int) -> Iterator[Any]:
 def _seed_by_rank(worker: int) -> None:
     """PyTorch seeds workers from the loader's generator, the same in all launched processes."""
     rank = int(os.environ.get("RANK", 0))  # as set by accelerate launch and torchrun
-    if rank:
-        seed = (torch.initial_seed() + 1_000_003 * rank) % 2**32
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - what timm's MixUp and others draw from
-        random.seed(seed)
+    if rank:  # numpy's, too: timm's MixUp and others draw from it
+        set_seed((torch.initial_seed() + 1_000_003 * rank) % 2**32)
 
 
 # ---------------------------------------------------------------- features of patches, out of fold
