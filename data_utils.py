@@ -611,10 +611,7 @@ def _check_lists(cells: pd.Series, path: PathLike) -> None:
 
 
 def read_csv_labels(
-    path: PathLike,
-    unlisted: str = "unknown",
-    keep: Sequence[str] = (),
-    separator: str | None = None,
+    path: PathLike, unlisted: str = "unknown", keep: Sequence = (), separator: str | None = None
 ) -> pd.DataFrame:
     """Read `image`, the columns to keep as text, and labels as 1, 0 or NaN (empty: not judged).
 
