@@ -157,6 +157,20 @@ def full_from_the_second(write, skip=0):
     return limited
 
 
+def test_history_has_every_epoch_of_a_run_that_is_killed_at_its_end(sets, tmp_path, monkeypatch):  # noqa: F811
+    def killed(old, new):
+        replace(old, new)
+        if os.path.basename(new) == "last":
+            raise SystemExit("killed")
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit):
+        trainer(sets, tmp_path, epochs=1).fit()
+    assert len(trainer(sets, tmp_path, epochs=1).resume()) == 1
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 1
+
+
 def test_resume_point_that_waits_for_its_name_is_never_the_one_written_over(sets, tmp_path):  # noqa: F811
     """Killed between the removal of last/ and the renaming of last.tmp/, and again later."""
     run = trainer(sets, tmp_path, t.ChannelNet(0.2), **t.EVERYTHING)

@@ -435,6 +435,7 @@ def test_larger_photos_are_for_validation_and_use_only(survey, tmp_path):
     assert loaded.predict(photo).equals(classifier.predict(photo))
     at_64 = du.Classifier(du.build_run(config)[0], ["red", "green"], [0.5, 0.5])
     assert at_64.explain(photo, "red").shape == (64, 64)
+    assert at_64.fingerprint() != loaded.fingerprint()
 
 
 @pytest.fixture
@@ -468,6 +469,8 @@ def test_larger_photos_are_kept_where_validation_gains(undecided, at_64, at_96, 
     assert sets["test"][0][0].shape == sets["val"][0][0].shape == (3, size, size)
     assert sets["train"][0][0].shape == (3, 64, 64)
     assert np.array_equal(probs, trainer.predict(sets["val"]))
+    du.choose_test_size(trainer, sets["test"])  # a cell that is run once more
+    assert du.Classifier(trainer.plain, ["red", "green"], [0.5] * 2).img_size == (size, size)
 
 
 def test_finished_run_uses_the_size_that_validation_chose(undecided):
@@ -631,6 +634,7 @@ def test_run_folder_says_which_head_and_labels_it_has(survey, tmp_path):
     again, _ = du.build_run(found)
     assert again.spec == model.spec
     assert du.build_run(found, "linear")[0].spec["head_kwargs"] == {}
+    assert du.build_run(found, lam=0.2)[0].spec["head_kwargs"] == {"lam": 0.2}
     with pytest.raises(ValueError, match="other labels than the run's"):
         du.build_run(du.TrainConfig.read(tmp_path / "config.json", labels=["green", "red"]))
 

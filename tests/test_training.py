@@ -503,6 +503,9 @@ def test_measured_choice_is_the_fastest_and_a_resumed_run_keeps_it(sets, tmp_pat
     run = trainer(sets, tmp_path, measurable(), epochs=2, precision="measure")
     assert (run.accelerator.mixed_precision, run.layout) == ("bf16", torch.channels_last)
     run.fit(lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["rand_augment"]  # an option that is newer than the run
+    (tmp_path / "config.json").write_text(json.dumps(saved))
     measured("no", False)  # the machine is busy with something else now
     again = trainer(sets, tmp_path, measurable(), epochs=2, precision="measure")
     assert (again.config.precision, again.config.channels_last) == ("bf16", True)
@@ -511,6 +514,9 @@ def test_measured_choice_is_the_fastest_and_a_resumed_run_keeps_it(sets, tmp_pat
         sets, tmp_path, measurable(), epochs=2, precision="measure", seed=1
     )  # another run
     assert (other.config.precision, other.config.channels_last) == ("no", False)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read .*; delete .*last"):
+        trainer(sets, tmp_path, measurable(), epochs=2, precision="measure")
 
 
 def test_measuring_leaves_the_model_as_it_was(sets, tmp_path, capsys):
@@ -883,6 +889,8 @@ def test_interrupt_before_the_first_epoch_ended_leaves_nothing_to_resume(sets, t
     with pytest.raises(KeyboardInterrupt, match="Stopped in epoch 1; nothing is kept"):
         run.fit()
     assert not (tmp_path / BEST).exists()
+    with pytest.raises(RuntimeError, match="has trained"):  # half an epoch: no fresh start
+        run.fit()
     with pytest.raises(FileNotFoundError, match=r"no finished epoch to resume; call fit\(\)"):
         trainer(sets, tmp_path).resume()
 
