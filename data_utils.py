@@ -3584,16 +3584,14 @@ def plot_comparison(table: pd.DataFrame, most: int = 30) -> plt.Figure:
 def plot_history(history: pd.DataFrame) -> plt.Figure:
     """Draw the losses and the validation score (top-1 accuracy or mAP), with the best epoch."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for column, name in (("train_loss", "training"), ("val_loss", "validation")):
-        left.plot(history["epoch"], history[column], label=name)
+    names = ["training", "validation"]
+    history.plot("epoch", ["train_loss", "val_loss"], label=names, ylabel="loss", ax=left)
     score = "val_top1" if "val_top1" in history else "val_mAP"
     right.plot(history["epoch"], history[score], color="tab:green")
     best = history.loc[history[score].idxmax()]
     right.axvline(best["epoch"], ls=":", color="grey")
     right.set_title(f"best: {best[score]:.3f} in epoch {best['epoch']:.0f}")
-    left.set(xlabel="epoch", ylabel="loss")
     right.set(xlabel="epoch", ylabel=score.replace("val_", "validation ").replace("top1", "top-1"))
-    left.legend()
     return figure
 
 
