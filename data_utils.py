@@ -3006,9 +3006,6 @@ def find_optimal_thresholds(
     return table.assign(positives=positives, source=source)
 
 
-CALIBRATION_SPREADS = (0.0, 0.5)
-
-
 def _logits(probs: Array, exclusive: bool) -> torch.Tensor:
     """Return logits (`exclusive`: logs) in double precision; 0 and 1 stay finite and apart."""
     probs = torch.as_tensor(np.clip(np.asarray(probs, float), 1e-38, 1 - 1e-8))
@@ -3066,7 +3063,7 @@ def fit_calibration(
         y = torch.where(y.isnan(), y, (y >= 0.5).double())
     folds = _folds(np.arange(len(z)) if groups is None else np.asarray(groups))
     losses = {None: [_log_loss(z[out], y[out], exclusive).item() for _, out in folds]}
-    for spread in CALIBRATION_SPREADS[: 1 if exclusive else None]:
+    for spread in (0.0,) if exclusive else (0.0, 0.5):
         fits = [(_fit_slopes(z[rows], y[rows], spread, exclusive), out) for rows, out in folds]
         losses[spread] = [_log_loss(z[i] * a + b, y[i], exclusive).item() for (a, b), i in fits]
     spread = min(losses, key=lambda name: sum(losses[name]))
