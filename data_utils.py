@@ -2785,9 +2785,8 @@ def to_cells(targets: Any, num_labels: int) -> Array:
     """Return targets as cells (N, L): 1, 0, NaN for unknown; of class numbers one is 1 a row."""
     if (targets := np.asarray(targets)).ndim == 2:
         return np.asarray(targets, float)
-    cells = (targets[:, None] == np.arange(num_labels)).astype(np.float32)
-    cells[targets < 0] = np.nan
-    return cells
+    own = targets[:, None] == np.arange(num_labels)
+    return np.where(targets[:, None] < 0, np.float32(np.nan), own)
 
 
 def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
