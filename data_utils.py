@@ -2094,9 +2094,8 @@ PRETRAINED_RECIPE |= {"frozen_below": 0.2, "warmup_epochs": 1, "ema_decay": 0.98
 PRETRAINED_RECIPE |= {"batch_norm": "frozen", "start": "probe", "flip_test": True}
 PRETRAINED_RECIPE |= {"precision": "measure", "test_scale": None}
 PRETRAINED_RECIPE |= {"patience": 40}  # to the end: the best epochs are the last, at a low rate
-SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16}
-SCRATCH_RECIPE |= {"learning_rate": 1e-3, "weight_decay": 0.2, "warmup_epochs": 3}
-SCRATCH_RECIPE |= {"patience": 15, "min_crop": 0.95}
+SCRATCH_RECIPE: dict[str, Any] = {"steps": 840, "min_epochs": 20, "batch_size": 16, "patience": 15}
+SCRATCH_RECIPE |= {"learning_rate": 1e-3, "weight_decay": 0.2, "warmup_epochs": 3, "min_crop": 0.95}
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 _KINDS |= {dict: "a dict", list: "a list", type(None): "None"}
