@@ -1302,9 +1302,7 @@ def _patches(images: torch.Tensor, side: int = 6) -> torch.Tensor:
     return patches / (patches.std(-1, keepdim=True) + 0.05)
 
 
-def patch_features(
-    paths: Sequence[PathLike], n_components: int = 128, seed: int = 42
-) -> torch.Tensor:
+def patch_features(paths: Sequence, n_components: int = 128, seed: int = 42) -> torch.Tensor:
     """Describe images (N, D ≤ N) by patches of themselves (Coates et al., AISTATS 2011)."""
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} images: patch_features compares images, give two or more.")
@@ -2291,9 +2289,7 @@ def choose_test_size(trainer: "Trainer", *others: DataPartition) -> tuple[Array,
     return found, versus
 
 
-def start_from_probe(
-    model: nn.Module, parts: dict[str, DataPartition], config: TrainConfig
-) -> float:
+def start_from_probe(model: nn.Module, parts: dict, config: TrainConfig) -> float:
     """Let the head learn "plain" of `parts` on the frozen backbone; return its mAP on "val".
 
     A linear head becomes a probe, another has 20 epochs on feature maps of 4 000 photos at most.
@@ -3348,15 +3344,13 @@ class Classifier:
         table.attrs |= {"unreadable": failed, "busy": busy}
         return table
 
-    def predict_panorama(
-        self, images: Any, batch_size: int = 16, *options: Any, **named: Any
-    ) -> pd.DataFrame:
+    def predict_panorama(self, images: Any, batch_size: int = 16, *rest, **named) -> pd.DataFrame:
         """Classify whole 2:1 panoramas, as `predict`, with a column part.
 
         A model of halves answers for "left", "right" and "panorama": both probabilities combined
         as was best on validation, against thresholds that were tuned for panoramas.
         """
-        return self.predict(images, batch_size, *options, panorama=True, **named)
+        return self.predict(images, batch_size, *rest, panorama=True, **named)
 
     def calibrate(self, probs: Array) -> Array:
         """Return what `predict` makes of the probabilities (..., L) of the model itself."""
