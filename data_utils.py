@@ -141,14 +141,7 @@ def _remove_stale(folder: Path) -> None:
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTDIR)
-_CUT_OFF = "requested and|file write failed|[Nn]o space|I/O error|Parent directory"  # have no errno
-
-
-class _CannotWrite(OSError):
-    def __init__(self, path: Path, reason: str, how: str) -> None:
-        fix = f"free some space or take another folder; {how}"
-        super().__init__(f"{path}: cannot be written ({reason}); {fix}.")
-        self.strerror = reason
+_SAYS = "requested and|file write failed|[Nn]o space|I/O error|Parent directory|cannot be written"
 
 
 @contextlib.contextmanager
@@ -160,11 +153,13 @@ def writing(path: Path, how: str = "what stood there is unchanged, run this agai
         name = Path(str(getattr(error, "filename", None) or os.devnull))
         ours = path.is_relative_to(name) or name.is_relative_to(path)  # its folder, or in it
         ours |= name.name.startswith(f".{path.name}.") or getattr(error, "errno", None) in _NO_ROOM
-        ours |= isinstance(error, _CannotWrite)
-        if not ours and not re.search(_CUT_OFF, str(error)):
+        if not ours and not re.search(_SAYS, str(error)):
             raise
         said = getattr(error, "strerror", None) or first_line(error)
-        raise _CannotWrite(path, said, how) from None
+        fix = f"free some space or take another folder; {how}"
+        told = OSError(f"{path}: cannot be written ({said}); {fix}.")
+        told.strerror = said  # for a `writing` around this one
+        raise told from None
 
 
 def write_text(path: PathLike, text: str) -> None:
