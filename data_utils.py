@@ -109,7 +109,7 @@ def replacing(path: PathLike, by_all: bool = False) -> Iterator[Path]:
     own. A full disk, a vanished or read-only folder raise an OSError that names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")  # of one thread alone
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path.parent)
