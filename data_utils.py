@@ -989,8 +989,8 @@ _SWAPPING = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and he
 
 def is_whole_panorama(path: PathLike) -> bool:
     """Say whether a photo is twice as wide as high, as a full sphere is; False if unreadable."""
-    with contextlib.suppress(OSError), Image.open(path) as image:
-        return _is_sphere(image)
+    with contextlib.suppress(Exception), Image.open(path, formats=_FORMATS) as image:
+        return _is_sphere(image)  # whatever a damaged file makes a decoder raise
     return False
 
 
