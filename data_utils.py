@@ -616,7 +616,7 @@ def read_csv_labels(
     table = read_table(path)
     if table.shape[1] < 2:
         raise ValueError(f"{path}: expected a file name column and at least one label column.")
-    if lost := set(keep) - set(table.columns):
+    if lost := set(keep) - set(table.columns[1:]):
         raise ValueError(f"{path}: no column {brief(lost)} to keep.")
     names, cells = _take_names(table, path), table.iloc[:, 1:].drop(columns=list(keep))
     cells = cells if separator else cells.apply(_read_words)
