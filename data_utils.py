@@ -868,11 +868,11 @@ def read_partition(path: PathLike) -> tuple[pd.DataFrame, list[str]]:
     if not labels or not set(NOT_LABELS) <= set(df.columns):
         raise ValueError(f"{path}: expected columns image_path, group_id and at least one label.")
     if CLASS in labels:
-        labels = _check_classes(df, path)
-        df = df.assign(**{CLASS: df[CLASS].mask(df[CLASS] == "")}).reset_index(drop=True)
+        labels, df[CLASS] = _check_classes(df, path), df[CLASS].mask(df[CLASS] == "")
     else:
-        df = df.assign(**parse_cells(df[labels], path, soft=True)).reset_index(drop=True)
-    return df.assign(image_path=[seen_from_here(path, name) for name in df["image_path"]]), labels
+        df[labels] = parse_cells(df[labels], path, soft=True)
+    df["image_path"] = [seen_from_here(path, name) for name in df["image_path"]]
+    return df.reset_index(drop=True), labels
 
 
 _RAW = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
