@@ -762,11 +762,11 @@ def answered_class(answers: pd.DataFrame, question: str) -> pd.DataFrame:
 
 def combine_classes(targets: pd.DataFrame) -> pd.DataFrame:
     """Return one row per panorama with the class of its halves, which must be one."""
-    classes = targets.groupby(targets["image"].map(panorama_name), sort=False)[CLASS]
-    if (several := classes.nunique().loc[lambda n: n > 1].index).size:
+    by = targets.drop(columns="image").groupby(targets["image"].map(panorama_name), sort=False)
+    if (several := by[CLASS].nunique().loc[lambda n: n > 1].index).size:
         problem = "halves of one panorama are of two classes; set VIEW = 'half', or correct them"
         raise ValueError(f"{brief(several)}: {problem}.")
-    return classes.first().reset_index()
+    return by.first().reset_index()
 
 
 # ---------------------------------------------------------------- partition
