@@ -260,8 +260,6 @@ def image_names(folder: PathLike) -> Iterator[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
-    unwanted = {"@eadir", "$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot"}
-    unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
     root, seen = folder.resolve(), {folder.resolve()}
 
     def walk(below: str) -> Iterator[str]:
@@ -271,7 +269,7 @@ def image_names(folder: PathLike) -> Iterator[str]:
             is_link = entry.is_symlink()  # is_dir() alone raises an error at a link to itself
             is_dir = os.path.isdir(entry.path) if is_link else entry.is_dir()
             is_photo = _suffix(name) in IMAGE_SUFFIXES and (is_link or entry.is_file())
-            if is_dir and name[0] != "." and name not in unwanted:
+            if is_dir and _is_wanted(name):
                 real = Path(entry.path).resolve()  # a link within `folder`, or around it, shows
                 known = real.is_relative_to(root) or root.is_relative_to(real)  # nothing new
                 if real not in seen and not (known and is_link):
@@ -281,6 +279,12 @@ def image_names(folder: PathLike) -> Iterator[str]:
                 yield below + entry.name
 
     yield from walk("")
+
+
+def _is_wanted(folder: str) -> bool:
+    unwanted = {"@eadir", "$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot"}
+    unwanted |= {"@recently-snapshot", "__macosx", "system volume information", "lost+found"}
+    return folder[0] != "." and folder.lower() not in unwanted
 
 
 def _suffix(name: str) -> str:
@@ -665,7 +669,7 @@ def _class_images(part: Path) -> pd.DataFrame:
     folder = names.str.partition("/")[0].where(names.str.contains("/"))
     if folder.isna().all():
         return _flat_images(part, names)
-    folders = {p.name for p in part.iterdir() if p.is_dir() and p.name[0] != "."}
+    folders = {p.name for p in part.iterdir() if p.is_dir() and _is_wanted(p.name)}
     if empty := [part / name for name in sorted(folders - set(folder))]:
         fix = "add photos (links are not followed), or delete the folder if the class is not wanted"
         raise ValueError(f"{brief(empty)}: a class folder without images; {fix}.")
