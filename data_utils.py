@@ -1817,7 +1817,8 @@ def _features_key(model, dataset, pooled):
     in_head = {id(tensor) for tensor in _classifier(model).state_dict(keep_vars=True).values()}
     weights = model.state_dict(keep_vars=True).values()  # flat: strides are part of the hash
     backbone = [w.detach().cpu().reshape(-1).numpy() for w in weights if id(w) not in in_head]
-    return joblib.hash((files, str(dataset.transform), pooled, backbone))
+    about = type(model).__name__, model.spec["model_kwargs"]  # e.g. another pooling
+    return joblib.hash((files, str(dataset.transform), pooled, backbone, about))
 
 
 # ---------------------------------------------------------------- probe
