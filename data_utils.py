@@ -1656,10 +1656,8 @@ def _classifier(model: nn.Module) -> nn.Module:
 
 def _last_layers(model):
     """Return the layers that give the logits of a model with a linear head; distilled have two."""
-    head = _classifier(model)
-    parts = head if isinstance(head, nn.ModuleList) else [head]
-    layers = [[m for m in p.modules() if isinstance(m, nn.Linear | nn.Conv2d)] for p in parts]
-    return [found[-1] for found in layers if found]
+    layers = [m for m in _classifier(model).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return [layer for layer in layers if len(layer.weight) == model.num_classes]
 
 
 @torch.no_grad()
@@ -1790,11 +1788,13 @@ def extract_features(
     model.to(memory_format=layout).eval()
     found, loader = [], make_loader(part, config.batch_size, num_workers=config.num_workers)
     # not inference_mode: a head could not be trained on its tensors
-    with torch.no_grad(), _autocast(model, device.type):
+    with torch.no_grad(), _autocast(model, device.type), contextlib.ExitStack() as hooks:
+        for layer in _last_layers(model) if pooled else ():  # returns what it sees, not logits
+            hooks.enter_context(layer.register_forward_hook(lambda _, seen, __: seen[0].flatten(1)))
         for images, _ in tqdm(loader, desc="features", leave=False, delay=2):
             features = model.forward_features(images.to(device).contiguous(memory_format=layout))
             if pooled:
-                features = model.forward_head(features, pre_logits=True)
+                features = model.forward_head(features)
             elif not isinstance(model, _HeadedModel):
                 features = feature_map(model, features, images.shape[2:])
             found.append(features.float().cpu())
@@ -1814,7 +1814,8 @@ def store_features(model: nn.Module, part: DataPartition, config: "TrainConfig")
 def _features_key(model, dataset, pooled):
     """Return a name that changes with the photos, the backbone's weights or the preparation."""
     files = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in dataset.paths]
-    in_head = {id(tensor) for tensor in _classifier(model).state_dict(keep_vars=True).values()}
+    heads = [model.head] if isinstance(model, _HeadedModel) else _last_layers(model)
+    in_head = {id(tensor) for head in heads for tensor in (*head.parameters(), *head.buffers())}
     weights = model.state_dict(keep_vars=True).values()  # flat: strides are part of the hash
     backbone = [w.detach().cpu().reshape(-1).numpy() for w in weights if id(w) not in in_head]
     about = type(model).__name__, model.spec["model_kwargs"]  # e.g. another pooling

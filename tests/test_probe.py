@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 NAN = float("nan")
 TINY_SWIN = {"window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}
@@ -178,6 +179,22 @@ def test_model_with_the_probe_in_it_answers_as_the_probe(name):
         pooled = model.forward_head(features, pre_logits=True)
         expected = probe(pooled)
         torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "repvit_m0_9", "caformer_s18"])
+def test_probe_sees_what_the_last_layer_sees_after_a_norm_or_a_layer_of_its_own(name):
+    torch.manual_seed(0)
+    model = du.build_model(name, 3, pretrained=False).eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(std=0.1)
+    images = torch.randn(2, 3, 224, 224)
+    photos = TensorDataset(images, torch.zeros(2, 3))
+    pooled = du.extract_features(model, photos, pooled=True)
+    probe = nn.Linear(pooled.shape[1], 3)
+    du.use_probe(model, probe)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), probe(pooled), atol=3e-2, rtol=3e-2)
 
 
 # ---------------------------------------------------------------- photos on disk
