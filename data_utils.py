@@ -358,8 +358,7 @@ def _row_answers(row: dict) -> list[dict]:
             records += [image | key | answer for answer in answers or [{}]]
     records = records or [image]
     for value in itertools.chain.from_iterable(r.values() for r in records):
-        texts = value if isinstance(value, tuple) else [value]
-        if not all(isinstance(text, str | bool | None) for text in texts):
+        if not isinstance(value, str | bool | tuple | None):  # a path is made of texts alone
             raise TypeError(f"text instead of {value!r}")
     return records
 
@@ -417,16 +416,12 @@ def _name_answers(answers: pd.DataFrame, path: PathLike) -> pd.DataFrame:
         return tuple(name for i, name in enumerate(way) if i % 2 == 0 or not is_grade[i])
 
     asked = [parts(way) if way else None for way in answers["path"]]
-    in_scheme = [bool(way) and way[::2] in graded for way in answers["path"]]
-    in_scheme = chosen & np.array(in_scheme, bool)
-    ways: dict[str, set[tuple]] = {}
-    labels = []
-    for names, option, is_graded, ticked in zip(asked, answers["answer"], in_scheme, chosen):
-        names = names if is_graded or not ticked else (*names, option)
-        labels.append(" / ".join(names) if ticked else None)
-        if ticked:
-            ways.setdefault(labels[-1], set()).add(names)
-    if twofold := [name for name, found in ways.items() if len(found) > 1]:
+    in_scheme = chosen & np.array([bool(w) and w[::2] in graded for w in answers["path"]])
+    each = zip(asked, answers["answer"], in_scheme, chosen)
+    ways = [(w if grade else (*w, option)) if ticked else None for w, option, grade, ticked in each]
+    labels = [" / ".join(way) if way else None for way in ways]
+    found = pd.Series(ways, labels, dtype=object).groupby(level=0, sort=False).nunique()
+    if twofold := [*found.index[found > 1]]:
         problem = "a question and an option of another one give the same label, rename one"
         raise ValueError(f"{path}: {problem}: {brief(twofold)}.")
     question = [" / ".join(names) if names else None for names in asked]
