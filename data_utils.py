@@ -1730,9 +1730,7 @@ def _load_file(model, name, path, rename):
         problem = f"not a state dict that is safe to load ({first_line(error)})"
         raise ValueError(f"{path}: {problem}.") from None
     new = tuple(f"{n}." for n, m in model.named_modules() if m in _last_layers(model))
-    lost = [k for k in missing if not k.startswith(new)]
-    lost = [k for k in lost if not k.endswith("num_batches_tracked")]  # files of old torch lack it
-    if lost:
+    if lost := [k for k in missing if not k.startswith(new)]:
         problem = f"lacks {len(lost)} of {len(own)} weights of {name} in its shape: {brief(lost)}"
         raise ValueError(f"{path}: {problem}.")
 
