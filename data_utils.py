@@ -1344,8 +1344,7 @@ def out_of_fold(
     groups, found = np.asarray(groups), []
     if len(set(groups)) < max(n_folds, 2):
         raise ValueError(f"{len(set(groups))} groups are too few for {n_folds} folds.")
-    splitter = GroupKFold(n_folds, shuffle=True, random_state=seed)
-    for train, held_out in splitter.split(groups, groups=groups):
+    for train, held_out in _folds(groups, n_folds, seed):
         probs = np.asarray(fit_predict(train, held_out))
         if probs.ndim != 2 or len(probs) != len(held_out) or np.isnan(probs).any():
             wanted = f"({len(held_out)}, labels) numbers: {probs.shape} or NaN"
@@ -1846,12 +1845,11 @@ def _minimize(convex, weights, **options):
     return weights.detach()
 
 
-def _folds(groups):
-    """Return rows to learn from and rows of other groups to judge by, five times if it can be."""
-    if (n_folds := min(5, len(set(groups)))) < 2:
+def _folds(groups, most=5, seed=42):
+    """Return rows to learn from and rows of other groups to judge by, `most` times if it can be."""
+    if (n_folds := min(most, len(set(groups)))) < 2:
         return []
-    splitter = GroupKFold(n_folds, shuffle=True, random_state=42)
-    return list(splitter.split(groups, groups=groups))
+    return [*GroupKFold(n_folds, shuffle=True, random_state=seed).split(groups, groups=groups)]
 
 
 def _log_loss(logits, y, exclusive):
