@@ -895,15 +895,12 @@ def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
     if others := set(df.columns) - {CLASS, *NOT_LABELS}:
         raise ValueError(f"{path}: {brief(sorted(others))} beside the column class; keep one kind.")
     wrong, twice = ~df[CLASS].isin(["", *classes]), df["image_path"].duplicated()
-    if wrong.any():
-        first = df[wrong].iloc[0]
-        problem = f"{first[CLASS]!r} is no class of {names.name} ({brief(classes, 3)})"
-        raise _bad_line(path, first.name + 2, f"{problem}; {wrong.sum()} such cells")
-    if twice.any():
-        first = df[twice].iloc[0]
-        own = df.loc[df["image_path"] == first["image_path"], CLASS]
-        problem = f"{first['image_path']} stands twice, as {brief(own)}"
-        raise _bad_line(path, first.name + 2, f"{problem}; keep one row per photo")
+    for line, name in df.loc[wrong, CLASS].items():
+        problem = f"{name!r} is no class of {names.name} ({brief(classes, 3)})"
+        raise _bad_line(path, line + 2, f"{problem}; {wrong.sum()} such cells")
+    for line, name in df.loc[twice, "image_path"].items():
+        problem = f"{name} stands twice, as {brief(df.loc[df['image_path'] == name, CLASS])}"
+        raise _bad_line(path, line + 2, f"{problem}; keep one row per photo")
     return classes
 
 
