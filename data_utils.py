@@ -95,7 +95,6 @@ _NO = (  # answers that raise no flag; "not useful" raises it
     r"(\d+ ?- ?)?(0|no?|none|never|nothing|false|nein|non|nee|ok|okay|fine|good|no[,;:] .*"
     r"|not (problematic|flagged)|(no|without)( a| any)? (problems?|issues?|need))[.!]?"
 )
-_HALF = re.compile(r"_(left|right)$")
 
 
 # ---------------------------------------------------------------- files
@@ -777,7 +776,7 @@ def _without_suffix(name: str) -> str:
 
 def panorama_name(path: PathLike) -> str:
     """Return the path of a photo without suffix and side; the halves of a panorama share it."""
-    return _HALF.sub("", _without_suffix(str(path)))
+    return re.sub(r"_(left|right)$", "", _without_suffix(str(path)))
 
 
 def panorama_groups(paths: pd.Series) -> pd.Series:
@@ -874,12 +873,9 @@ def read_partition(path: PathLike) -> tuple[pd.DataFrame, list[str]]:
     return df.reset_index(drop=True), labels
 
 
-_RAW = re.compile(r"\\udc([89a-f][0-9a-f])")  # a byte of a file name that is no UTF-8
-
-
 def seen_from_here(table: Path, name: str) -> str:
-    """Return where a file is that a table names, seen from the table's folder."""
-    name = _RAW.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
+    """Return where a file is that a table in its folder names, also by bytes that are no UTF-8."""
+    name = re.sub(r"\\udc([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
     return os.path.normpath(os.path.join(table.parent, name)).replace(os.sep, "/")
 
 
