@@ -55,6 +55,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
+from scipy.io import loadmat
 from scipy.sparse import csr_array
 from scipy.stats import binomtest
 from sklearn.decomposition import PCA
@@ -566,8 +567,7 @@ def _split_lists(cells: pd.Series, unlisted: str, separator: str | None = None) 
     """Turn cells with lists into one 0/1 column per label, in order of appearance."""
     listed = cells.map(lambda cell: [name for name in _split_cell(cell, separator) if name])
     names = listed.explode().dropna().unique()
-    found = {name: [float(name in own) for own in listed] for name in names}
-    labels = pd.DataFrame(found, index=cells.index)
+    labels = pd.DataFrame({n: [float(n in own) for own in listed] for n in names}, cells.index)
     return labels.mask(cells == "") if unlisted == "unknown" else labels
 
 
@@ -641,8 +641,6 @@ def _flat_images(part: Path, names: pd.Series) -> pd.DataFrame:
         own = dict(zip(_take_names(table, truth[0]), table.iloc[:, -1].str.split().str[0]))
         classes = names.map(lambda name: own.get(Path(name).stem, own.get(name)))
     else:  # a number per photo, in the order of their names
-        from scipy.io import loadmat
-
         try:
             meta = loadmat(truth[0].with_name("meta.mat"), squeeze_me=True)["synsets"]
             of_number = dict(zip(meta["ILSVRC2012_ID"].astype(int), meta["WNID"].tolist()))
