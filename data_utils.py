@@ -77,6 +77,9 @@ from tqdm.auto import tqdm
 
 pd.options.mode.string_storage = "python"  # pyarrow's refuses file names that are no UTF-8
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # PostScript would start a program
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # by Orientation
+_SWAPPING = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
 NOT_LABELS = ("image_path", "group_id")
 CLASS = "class"  # the one column of classes that exclude each other; "classes.txt" has their order
 VIEWS = ("half", "panorama")
@@ -84,6 +87,7 @@ COMBINE = ("max", "noisy-or", "mean")  # of what both halves say
 PARTS = ("train", "val", "test")
 SCHEDULES = ("cosine", "one-cycle", "flat-cosine", "step", "warm-restarts")
 PRECISIONS = ("auto", "no", "bf16", "fp16", "measure")
+PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 FORMAT_VERSION = 4  # 1 knew no "activation", 2 had weights in a pickle, 3 was not calibrated
 WEIGHTS = "model.safetensors"
 PathLike = str | os.PathLike
@@ -91,6 +95,9 @@ Array = np.ndarray
 Cuts = float | Sequence[float] | str
 Groups = Sequence | None
 AfterEpoch = Callable[[dict[str, float]], None] | None
+# How a full disk, or one that is gone, is known: by the number of an error or by its words.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTDIR)
+_SAYS = "requested and|file write failed|[Nn]o space|I/O error|Parent directory|cannot be written"
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _NO = (  # answers that raise no flag; "not useful" raises it
     r"(\d+ ?- ?)?(0|no?|none|never|nothing|false|nein|non|nee|ok|okay|fine|good|no[,;:] .*"
@@ -138,10 +145,6 @@ def _remove_stale(folder: Path) -> None:
         with contextlib.suppress(OSError):  # another process was faster
             if time.time() - file.stat().st_mtime > 3600:
                 file.unlink()
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTDIR)
-_SAYS = "requested and|file write failed|[Nn]o space|I/O error|Parent directory|cannot be written"
 
 
 @contextlib.contextmanager
@@ -970,11 +973,6 @@ def open_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
     except Exception as error:  # whatever a damaged file makes a decoder raise
         problem = f"cannot be read as an image ({error}); replace it or leave it out."
         raise OSError(f"{image}: {problem}") from None
-
-
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # PostScript would start a program
-TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # by Orientation
-_SWAPPING = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
 
 
 def is_whole_panorama(path: PathLike) -> bool:
@@ -1806,9 +1804,6 @@ def _features_key(model, dataset, pooled):
 
 
 # ---------------------------------------------------------------- probe
-
-
-PROBE_STRENGTHS = tuple(10.0 ** np.arange(-4, 1.1, 0.5))
 
 
 def _fit_logistic(x, y, strength, exclusive, num_labels):
