@@ -1605,7 +1605,9 @@ def _build(name, size, kwargs):
         return timm.create_model(name, **kwargs)  # convolutional: takes any size
     except (AssertionError, RuntimeError, ZeroDivisionError):
         return None
-    pairs = [(size, model.feature_info[-1]["reduction"])] if hasattr(model, "feature_info") else []
+    own = model.pretrained_cfg.get("input_size", ())[1:]  # LeViT takes 224 px, 7 / 2 positions
+    whole = size != own and getattr(model, "feature_info", None)
+    pairs = [(size, whole[-1]["reduction"])] if whole else []
     for block in model.modules():
         if hasattr(block, "window_size") and hasattr(block, "input_resolution"):
             pairs.append((block.input_resolution, block.window_size))

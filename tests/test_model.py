@@ -459,3 +459,9 @@ def test_size_that_is_no_height_and_width_is_refused(img_size):
 def test_keyword_that_no_model_takes_is_named():
     with pytest.raises((TypeError, ValueError), match="windw_size"):
         du.build_model(SWIN, 2, pretrained=False, img_size=64, windw_size=4)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0"])
+def test_network_takes_the_size_of_its_own_weights(name):
+    model = du.build_model(name, 2, pretrained=False, img_size=224).eval()
+    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 2)
