@@ -12,6 +12,7 @@ import torch
 from conftest import data_row, labelled, load_notebook_functions, radio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.io import savemat
 from sklearn.metrics import average_precision_score
 from test_single_label import CLASSES, ColorNet, cross_entropy, draw, to_unit
@@ -380,3 +381,16 @@ def test_halves_of_two_classes_are_refused():
     table["class"] = ["a", "b", "b"]
     with pytest.raises(ValueError, match="x: halves of one panorama are of two classes"):
         partitioning.combine_classes(table)
+
+
+def test_halves_combined_keep_the_column_to_group_by():
+    table = pd.DataFrame({"image": ["x_left.jpg", "x_right.jpg"], "site": ["fen", "fen"]})
+    found = partitioning.combine_classes(table.assign(**{"class": ["a", "a"]}))
+    assert found.to_dict("list") == {"image": ["x"], "site": ["fen"], "class": ["a"]}
+
+
+def test_folders_of_a_disk_are_no_classes(tmp_path):
+    for name in ("a", "b", "@eaDir"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.jpg")
+    assert du.read_class_folders(tmp_path).attrs["classes"] == ["a", "b"]

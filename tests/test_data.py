@@ -877,3 +877,9 @@ def test_whole_panoramas_are_told_by_their_shape(tmp_path, size, is_whole):
     assert du.is_whole_panorama(tmp_path / "a.jpg") == is_whole
     (tmp_path / "a.jpg").write_bytes(b"no photo")
     assert not du.is_whole_panorama(tmp_path / "a.jpg")
+
+
+def test_picture_too_large_to_decode_is_no_panorama(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow raises a DecompressionBombError
+    assert not du.is_whole_panorama(tmp_path / "a.png")

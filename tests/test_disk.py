@@ -4,8 +4,10 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import data_utils as du
 
@@ -187,3 +189,18 @@ def test_resume_point_that_waits_for_its_name_is_never_the_one_written_over(sets
         again.resume()
     last = trainer(sets, tmp_path, t.ChannelNet(0.2), **t.EVERYTHING)
     assert len(last.resume()) == t.EVERYTHING["epochs"]
+
+
+def test_what_a_disk_refused_a_worker_process_can_tell(tmp_path):
+    outer, inner = du.writing(tmp_path / "outer"), du.writing(tmp_path / "a")
+    with pytest.raises(OSError) as caught, outer, inner:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'outer'}: cannot be written (No space left")
+    assert str(caught.value).count("cannot be written") == 1
+
+
+def test_threads_write_the_same_file_side_by_side(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: du.write_text(tmp_path / "a.txt", str(i) * 99), range(400)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

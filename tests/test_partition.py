@@ -3,7 +3,7 @@
 import itertools
 import warnings
 
-from data_utils import load_parts, write_partition
+from data_utils import load_parts, read_csv_labels, read_partition, write_partition
 
 import numpy as np
 import pandas as pd
@@ -363,3 +363,16 @@ def test_labels_that_cannot_be_in_every_part_are_named():
     split = group_stratified_split  # of 4 groups one part gets two; each other lacks a label
     with pytest.warns(UserWarning, match=r"no group of some part shows: label \d, label \d\."):
         split(df, list(shown))
+
+
+def test_label_may_be_called_self(tmp_path):
+    (tmp_path / "a.csv").write_text("image_path,group_id,self\na.jpg,g,1\n")
+    table, labels = read_partition(tmp_path / "a.csv")
+    assert labels == ["self"]
+    assert table["self"].tolist() == [1.0]
+
+
+def test_column_of_file_names_cannot_be_kept_as_another(tmp_path):
+    (tmp_path / "a.csv").write_text("image,tree\na.jpg,1\n")
+    with pytest.raises(ValueError, match="no column image to keep"):
+        read_csv_labels(tmp_path / "a.csv", keep=["image"])

@@ -246,6 +246,22 @@ def test_features_come_from_disk_the_second_time(survey, tmp_path, monkeypatch):
     assert torch.equal(changed[1:], other[1:])
 
 
+def test_cached_features_are_not_those_of_another_pooling_or_kind_of_head(survey, tmp_path):
+    config = settings(survey, model_name="convnext_atto", cache_dir=str(tmp_path / "cache"))
+    plain = du.build_run(config, "linear", ("train", "val"))[0]
+    model, sets = du.build_run(config, "csra", ("train", "val"))
+    model.backbone.load_state_dict(plain.state_dict(), strict=False)
+    du.extract_features(plain, sets["val"], config)
+    expected = du.extract_features(model, sets["val"])
+    torch.testing.assert_close(du.extract_features(model, sets["val"], config), expected)
+    kinds = [du.TrainConfig(cache_dir=config.cache_dir, batch_size=8), du.TrainConfig(batch_size=8)]
+    for pool in ("avg", "max"):
+        torch.manual_seed(0)
+        model = du.build_model("test_resnet", 2, pretrained=False, img_size=64, global_pool=pool)
+        found = [du.extract_features(model, sets["val"], k, pooled=True) for k in kinds]
+        torch.testing.assert_close(*found)
+
+
 def test_features_of_a_distilled_model_are_kept_on_disk_too(survey, tmp_path):
     cached = {"img_width": 224, "cache_dir": str(tmp_path / "cache")}
     config = settings(survey, model_name="deit_tiny_distilled_patch16_224", **cached)
