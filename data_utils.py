@@ -273,8 +273,10 @@ def image_names(folder: PathLike) -> Iterator[str]:
             is_dir = os.path.isdir(entry.path) if is_link else entry.is_dir()
             is_photo = _suffix(name) in IMAGE_SUFFIXES and (is_link or entry.is_file())
             if is_dir and _is_wanted(name):
-                real = Path(entry.path).resolve()  # a link within `folder`, or around it, shows
-                known = real.is_relative_to(root) or root.is_relative_to(real)  # nothing new
+                real = Path(entry.path).resolve()
+                below_root = real.is_relative_to(root) and real.relative_to(root).parts
+                known = below_root and all(map(_is_wanted, below_root))  # a link to what is seen
+                known = known or root.is_relative_to(real)  # anyway, or around it, is nothing new
                 if real not in seen and not (known and is_link):
                     seen.add(real)
                     yield from walk(f"{below}{entry.name}/")
@@ -617,8 +619,8 @@ def read_csv_labels(
     table = read_table(path)
     if table.shape[1] < 2:
         raise ValueError(f"{path}: expected a file name column and at least one label column.")
-    if lost := set(keep) - set(table.columns[1:]):
-        raise ValueError(f"{path}: no column {brief(lost)} to keep.")
+    if lost := {*keep} - {*table.columns[1:]} | {*keep} & {"image"}:  # the file names' own
+        raise ValueError(f"{path}: no column {brief(lost)} to keep, beside that of file names.")
     names, cells = _take_names(table, path), table.iloc[:, 1:].drop(columns=list(keep))
     cells = cells if separator else cells.apply(_read_words)
     texts = (cells != "").any(axis=None) and cells.apply(pd.to_numeric, errors="coerce").isna()
@@ -666,7 +668,7 @@ def _class_images(part: Path) -> pd.DataFrame:
         return _flat_images(part, names)
     folders = {p.name for p in part.iterdir() if p.is_dir() and _is_wanted(p.name)}
     if empty := [part / name for name in sorted(folders - set(folder))]:
-        fix = "add photos (links are not followed), or delete the folder if the class is not wanted"
+        fix = "add photos, or delete the folder if the class is not wanted"
         raise ValueError(f"{brief(empty)}: a class folder without images; {fix}.")
     loose = [part / name for name in names[folder.isna()]]
     if loose and part.name in ("train", "val"):  # elsewhere: photos that nobody sorted yet
@@ -1735,8 +1737,8 @@ def _memory_format(model: nn.Module, wanted: bool | None = None) -> torch.memory
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _autocast(model: nn.Module, device: str) -> torch.autocast:
-    precision = fast_precision(model, device, training=False)
+def _autocast(model: nn.Module, device: str, precision: str = "") -> torch.autocast:
+    precision = precision or fast_precision(model, device, training=False)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return torch.autocast(device, dtype, enabled=precision != "no")
 
@@ -2551,7 +2553,7 @@ class Trainer:
         options = {"put_on_device": True, "non_blocking": True}
         loader = prepare_data_loader(loader, accelerator.device, **options)
         logits = [torch.empty(0, len(dataset.label_columns), device=accelerator.device)]
-        with torch.inference_mode(), accelerator.autocast():
+        with torch.inference_mode(), self.autocast():
             for images, _ in loader:
                 images = images.contiguous(memory_format=self.layout)
                 found = _logits_of(model, images, flip, rolls)
@@ -2638,13 +2640,17 @@ class Trainer:
             scores |= {f"val_top{k}": share.item() / 100 for k, share in zip((1, 5), shares)}
         return scores
 
+    def autocast(self) -> torch.autocast:
+        """Compute in this training's precision; accelerate's own is that of the newest Trainer."""
+        return _autocast(self.plain, self.accelerator.device.type, self.circumstances["precision"])
+
     def training_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the loss of a batch, a number; called where gradients are recorded."""
         pairs = len(images) // 2 * 2  # timm mixes pairs; the last of an odd batch stays
         if self.mixup is not None and pairs:
             targets = _as_shares(targets, self.num_labels) if targets.ndim == 1 else targets
             images[:pairs], targets[:pairs] = self.mixup(images[:pairs], targets[:pairs])
-        with self.accelerator.autocast():
+        with self.autocast():
             logits = self.model(images.contiguous(memory_format=self.layout))
         return self.criterion(logits, targets)
 
@@ -3691,7 +3697,8 @@ def _report_data(parts: dict[str, pd.DataFrame], labels: list[str]) -> list:
     digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in alike["image_path"]]
     twice = [alike.groupby(digests), rows.groupby("panorama")]
     twice = "{} equal files, {} panoramas".format(*(g["part"].nunique().gt(1).sum() for g in twice))
-    source = f"Photos below {os.path.commonpath([*rows['image_path']])}. In two parts: 0 groups,"
+    below = os.path.relpath(os.path.commonpath([*map(os.path.abspath, rows["image_path"])]))
+    source = f"Photos below {below}. In two parts: 0 groups,"
     said = f"{source} {twice}; near-duplicates are counted in partitioning.ipynb."
     return [said, counts, table]
 

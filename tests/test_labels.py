@@ -1056,6 +1056,14 @@ def test_linked_folders_are_followed_once_and_cycles_end(tmp_path):
     assert list_images(root / "disk 2") == [root / "disk 2/deep/D.jpg"]
 
 
+def test_link_to_a_hidden_folder_is_followed_as_data_stores_need_it(tmp_path):
+    (tmp_path / ".store/x").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / ".store/x/A.jpg")
+    (tmp_path / "2023").symlink_to(tmp_path / ".store/x")
+    (tmp_path / "again").symlink_to(tmp_path / ".store/x")
+    assert list_images(tmp_path) == [tmp_path / "2023/A.jpg"]
+
+
 # ---------------------------------------------------------------- partition CSV
 
 

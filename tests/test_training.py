@@ -402,6 +402,16 @@ def test_every_loss_learns_although_cells_are_unknown(tables, tmp_path, loss):
     assert run.fit()["val_mAP"].max() > 0.95
 
 
+def test_a_second_trainer_leaves_the_precision_of_the_first_alone(sets, tmp_path):
+    first = trainer(sets, tmp_path / "a", precision="bf16")
+    second = trainer(sets, tmp_path / "b", precision="no")
+    for used, kind in ((first, torch.bfloat16), (second, torch.float32)):
+        seen = []
+        used.plain.register_forward_hook(lambda *found, seen=seen: seen.append(found[-1].dtype))
+        used.predict(sets[1])
+        assert set(seen) == {kind}
+
+
 def test_predictions_keep_the_order_of_the_partition(sets, tmp_path):
     run = trainer(sets, tmp_path, batch_size=3)
     expected = probabilities(ChannelNet(), sets[1])
