@@ -1607,7 +1607,7 @@ def _build(name, size, kwargs):
         return timm.create_model(name, **kwargs)  # convolutional: takes any size
     except (AssertionError, RuntimeError, ZeroDivisionError):
         return None
-    own = model.pretrained_cfg.get("input_size", ())[1:]  # LeViT takes 224 px, 7 / 2 positions
+    own = getattr(model, "pretrained_cfg", {}).get("input_size", ())[1:]  # LeViT: 224 px, 7 / 2
     whole = size != own and getattr(model, "feature_info", None)
     pairs = [(size, whole[-1]["reduction"])] if whole else []
     for block in model.modules():
@@ -2130,7 +2130,7 @@ class TrainConfig:
     label_smoothing: float = _option(0.0, "share spread over all classes (ce)", _BELOW_1)
     class_weights: str | None = _option(None, "for bce, asl: neg_pos, inv_freq, effective_num")
     schedule: str = _option("cosine", "how the rate falls: see SCHEDULES", SCHEDULES)
-    frozen_below: float = _option(0.0, "layers whose share of the rate is lower rest", _BELOW_1)
+    frozen_below: float = _option(0.0, "layers with less of the rate stay frozen", _BELOW_1)
     start: str = _option("small", "the head: small (random) or a probe", ("small", "probe"))
     batch_norm: str = _option("trained", "its statistics: trained or frozen", ("trained", "frozen"))
     grad_checkpointing: bool = _option(False, "half the memory for a third more time")
@@ -2156,7 +2156,7 @@ class TrainConfig:
     seed: int = _option(42, "where all random numbers start")
     num_workers: int = _option(0, "processes that read photos; 0: none beside this", _FROM_0)
     precision: str = _option("auto", "auto: by a rule; measure: the fastest here", PRECISIONS)
-    channels_last: bool | None = _option(None, "None: where the network gains, or measured, too")
+    channels_last: bool | None = _option(None, "memory layout; None: by a rule or measured")
     compile: bool = _option(False, "torch.compile: pays in long trainings")
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ NOTEBOOKS = {  # in the order of the pipeline, with those whose results each nee
     "csra": ("training",),
     "mldecoder": ("training",),
     "classifier": ("csra", "mldecoder"),
-    "survey": ("training",),
+    "survey": ("csra",),
     "relabeling": ("survey",),
     "labelbox": ("relabeling",),
     "pretraining": ("partitioning",),

@@ -1,5 +1,6 @@
 """Classification of any number of photos into a table that is complete or absent."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -346,12 +347,9 @@ def test_any_file_name_comes_back(tmp_path_factory, names):
     made = set()
     for name in names:
         name = f"x{name}.jpg"
-        if len(os.fsencode(name.encode("utf-8", "surrogateescape"))) < 200:
-            try:
-                (folder / name).write_bytes(b"")
-                made.add(str(folder / name))
-            except (OSError, UnicodeEncodeError):
-                continue
+        with contextlib.suppress(OSError, UnicodeEncodeError):  # no name of a file here
+            (folder / name).write_bytes(b"")
+            made.add(str(folder / name))
     assert list(nb.each_path(str(folder))) == [str(p) for p in sorted(map(Path, made))]
 
 
