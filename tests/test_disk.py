@@ -91,6 +91,13 @@ def test_other_errors_inside_stay_what_they_are(tmp_path):
         assert told.value is error
 
 
+def test_what_torch_says_of_a_full_disk_is_the_same_sentence(tmp_path):
+    said = "[enforce fail at inline_container.cc:672] . unexpected pos 10359616 vs 10359508"
+    told = pytest.raises(OSError, match="last: cannot be written .* free some space")
+    with told, du.writing(tmp_path / "last"):
+        raise RuntimeError(said)
+
+
 def test_remains_of_killed_processes_are_removed_and_those_of_living_ones_stay(tmp_path):
     old, new, other = (tmp_path / n for n in (".a.json.1.tmp", ".a.json.2.tmp", "b.tmp"))
     for file in (old, new, other):
