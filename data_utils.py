@@ -98,7 +98,7 @@ AfterEpoch = Callable[[dict[str, float]], None] | None
 # How a full disk, or one that is gone, is known: by the number of an error or by its words.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOTDIR)
 _SAYS = "requested and|file write failed|unexpected pos|[Nn]o space|I/O error|Parent directory"
-_SAYS += "|cannot be written"
+_SAYS += "|IoError|cannot be written"  # IoError: safetensors, in older releases
 _GRADE = re.compile(r"\s*(\d+)\s*-\s")
 _NO = (  # answers that raise no flag; "not useful" raises it
     r"(\d+ ?- ?)?(0|no?|none|never|nothing|false|nein|non|nee|ok|okay|fine|good|no[,;:] .*"
