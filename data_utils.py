@@ -55,7 +55,6 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
-from scipy.io import loadmat
 from scipy.sparse import csr_array
 from scipy.stats import binomtest
 from sklearn.decomposition import PCA
@@ -266,6 +265,10 @@ def image_names(folder: PathLike) -> Iterator[str]:
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
     root, seen = folder.resolve(), {folder.resolve()}
 
+    def shows_nothing_new(real: Path) -> bool:  # it lies where photos are seen anyway, or around
+        inside = real.is_relative_to(root) and all(map(_is_wanted, real.relative_to(root).parts))
+        return inside or root.is_relative_to(real)
+
     def walk(below: str) -> Iterator[str]:
         entries = os.scandir(os.path.join(folder, below))
         for entry in sorted(entries, key=lambda entry: os.path.normcase(entry.name)):
@@ -275,10 +278,7 @@ def image_names(folder: PathLike) -> Iterator[str]:
             is_photo = _suffix(name) in IMAGE_SUFFIXES and (is_link or entry.is_file())
             if is_dir and _is_wanted(name):
                 real = Path(entry.path).resolve()
-                below_root = real.is_relative_to(root) and real.relative_to(root).parts
-                known = below_root and all(map(_is_wanted, below_root))  # a link to what is seen
-                known = known or root.is_relative_to(real)  # anyway, or around it, is nothing new
-                if real not in seen and not (known and is_link):
+                if real not in seen and not (is_link and shows_nothing_new(real)):
                     seen.add(real)
                     yield from walk(f"{below}{entry.name}/")
             elif name[0] != "." and is_photo:
@@ -647,6 +647,8 @@ def _flat_images(part: Path, names: pd.Series) -> pd.DataFrame:
         own = dict(zip(_take_names(table, truth[0]), table.iloc[:, -1].str.split().str[0]))
         classes = names.map(lambda name: own.get(Path(name).stem, own.get(name)))
     else:  # a number per photo, in the order of their names
+        from scipy.io import loadmat
+
         try:
             meta = loadmat(truth[0].with_name("meta.mat"), squeeze_me=True)["synsets"]
             of_number = dict(zip(meta["ILSVRC2012_ID"].astype(int), meta["WNID"].tolist()))
@@ -895,12 +897,15 @@ def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
     if others := set(df.columns) - {CLASS, *NOT_LABELS}:
         raise ValueError(f"{path}: {brief(sorted(others))} beside the column class; keep one kind.")
     wrong, twice = ~df[CLASS].isin(["", *classes]), df["image_path"].duplicated()
-    for line, name in df.loc[wrong, CLASS].items():
-        problem = f"{name!r} is no class of {names.name} ({brief(classes, 3)})"
-        raise _bad_line(path, line + 2, f"{problem}; {wrong.sum()} such cells")
-    for line, name in df.loc[twice, "image_path"].items():
-        problem = f"{name} stands twice, as {brief(df.loc[df['image_path'] == name, CLASS])}"
-        raise _bad_line(path, line + 2, f"{problem}; keep one row per photo")
+    if wrong.any():
+        first = df[wrong].iloc[0]
+        problem = f"{first[CLASS]!r} is no class of {names.name} ({brief(classes, 3)})"
+        raise _bad_line(path, first.name + 2, f"{problem}; {wrong.sum()} such cells")
+    if twice.any():
+        first = df[twice].iloc[0]
+        own = df.loc[df["image_path"] == first["image_path"], CLASS]
+        problem = f"{first['image_path']} stands twice, as {brief(own)}"
+        raise _bad_line(path, first.name + 2, f"{problem}; keep one row per photo")
     return classes
 
 
@@ -2511,7 +2516,7 @@ class Trainer:
         try:
             history = state["history"]
             if np.isfinite([*map(self._score, history)]).any():
-                self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
+                self._load_best()
             self.accelerator.load_state(str(last))
             if self.ema is not None:
                 weights = torch.load(last / "ema.pt", map_location="cpu", weights_only=True)
@@ -2521,6 +2526,9 @@ class Trainer:
             fix = "if it is damaged, make a new Trainer and call fit() to start again"
             raise ValueError(f"{last}: cannot be read ({first_line(error)}); {fix}.") from None
         self.history = history
+
+    def _load_best(self) -> None:
+        self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
 
     def _check_same(self, config: dict[str, Any], state: dict[str, Any]) -> None:
         start, again = f"{self.run_dir} was trained with", "or call fit() to start again"
@@ -2592,7 +2600,7 @@ class Trainer:
             raise ValueError(f"batch norm cannot learn from one photo at a time; {fix}.") from None
         self.accelerator.wait_for_everyone()
         if self.history and self.best_path.is_file():
-            self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
+            self._load_best()
         return pd.DataFrame(self.history)
 
     def _has_patience(self) -> bool:
@@ -2661,8 +2669,9 @@ class Trainer:
         self.generator.manual_seed(seed)
         self.model.train()
         frozen = nn.modules.batchnorm._BatchNorm if self.config.batch_norm == "frozen" else ()
-        for norm in (module for module in self.plain.modules() if isinstance(module, frozen)):
-            norm.eval()
+        for module in self.plain.modules():
+            if isinstance(module, frozen):
+                module.eval()
         self.model.zero_grad()  # of a batch that an interrupt broke off
         if self.accelerator.scaler is not None:  # fp16: that batch may be half unscaled
             self.accelerator.scaler._per_optimizer_states.clear()
