@@ -63,7 +63,7 @@ def test_file_and_cells_are_short(notebook, request):
     assert len(nbformat.writes(notebook).encode()) < 1_000_000, name
     lines = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
     assert 25 <= len(lines) <= 35
-    assert lines[len(lines) // 2] <= 8
+    assert lines[len(lines) // 2] <= 6
     assert lines[-1] <= 40
 
 
