@@ -58,6 +58,7 @@ from PIL import Image, ImageOps
 from scipy.sparse import csr_array
 from scipy.stats import binomtest
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
@@ -169,6 +170,20 @@ def write_text(path: PathLike, text: str) -> None:
     """Write a file that is complete or absent, what is no UTF-8 in file names as an escape."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def append_line(path: PathLike, cells: Sequence[str]) -> None:
+    """Append a line to a review CSV and wait until it is safe on the disk."""
+    path = Path(path)
+    if {"\n", "\r"} & set("".join(cells)):
+        raise ValueError(f"{brief(map(repr, cells))}: a name with a line break cannot be reviewed.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with open(path, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.write(",\n" * torn)  # what a crash cut off stays apart, with a cell too many
+        csv.writer(file, lineterminator="\n").writerow(cells)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_json(path: PathLike, content: Any) -> None:
@@ -1314,6 +1329,23 @@ def patch_features(paths: Sequence, n_components: int = 128, seed: int = 42) -> 
     pca = PCA(min(n_components, len(images)), svd_solver="randomized", random_state=seed)
     features = pca.fit_transform(StandardScaler().fit_transform(torch.cat(pooled).numpy()))
     return torch.from_numpy(features / max(features[:, 0].std(), 1e-6)).float()
+
+
+def fit_and_predict(features: Array, targets: Array, new: Array) -> Array:
+    """Fit a logistic regression per label on its known cells; return probabilities (n, L) of `new`.
+
+    A label that is always or never present gets its share, one that nobody judged 0.5.
+    """
+    probs = np.full((len(new), targets.shape[1]), 0.5)
+    for label, cells in enumerate(targets.T):
+        known = ~np.isnan(cells)
+        present = cells[known] >= 0.5
+        if 0 < present.sum() < len(present):
+            model = LogisticRegression(C=3.0, max_iter=500).fit(features[known], present)
+            probs[:, label] = model.predict_proba(new)[:, 1]
+        elif len(present):
+            probs[:, label] = present.mean()
+    return probs
 
 
 @dataclass(frozen=True)
@@ -3536,6 +3568,12 @@ def show_predictions(part: DataPartition, probs: Array, cuts: Cuts, seed: int = 
                 text = textwrap.fill(f"{word}: {names}", 39)
                 axis.annotate(text, (0, 0), (0, -below), color=color, fontsize=8, **place)
                 below += 11 * (text.count("\n") + 1)
+
+
+def to_picture(image: torch.Tensor, data_config: dict[str, Any]) -> Array:
+    """Return a normalised photo (3, H, W) as (H, W, 3) from 0 to 1, in its real colours."""
+    std, mean = (torch.tensor(data_config[key]).view(3, 1, 1) for key in ("std", "mean"))
+    return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> np.ndarray:

@@ -794,11 +794,11 @@ def drawn(figure):
     return [axis.images[0].get_array() for axis in figure.axes if axis.images]
 
 
-def test_normalised_tensor_is_drawn_in_the_colours_of_its_photo(notebook_functions):
+def test_normalised_tensor_is_drawn_in_the_colours_of_its_photo():
     """A dull photo stays dull: no channel is stretched to its own range."""
     photo = Image.fromarray(np.asarray(noise(32, 32)) // 4 + 60)
     tensor = du.make_transforms(PlainModel(), train=False)(photo)
-    picture = notebook_functions("scratch").to_picture(tensor, PlainModel().data_config)
+    picture = du.to_picture(tensor, PlainModel().data_config)
     figure = du.show_images([picture])
     assert np.abs(255 * drawn(figure)[0] - np.asarray(photo)).max() < 1
     plt.close(figure)

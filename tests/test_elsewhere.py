@@ -213,7 +213,7 @@ def test_clicks_in_the_viewer_reach_the_partition(survey, table, tmp_path, noteb
 def test_line_that_a_crash_cut_off_costs_no_other(survey, tmp_path, notebook_functions):
     path = tmp_path / "review.csv"
     path.write_text("a.jpg,tree,pres")
-    survey.append_correction(path, 'b, "c".jpg', "tree", "absent")
+    du.append_line(path, ['b, "c".jpg', "tree", "absent"])
     with pytest.warns(UserWarning, match="line 1: cut off"):
         found = notebook_functions("relabeling").read_decisions(path)
     assert found[["image_path", "decision"]].to_numpy().tolist() == [['b, "c".jpg', "absent"]]

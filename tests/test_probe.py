@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import data_utils as du
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")
 TINY_SWIN = {"window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}
 
@@ -640,6 +643,20 @@ def test_changes_win_over_the_recipe_and_none_leaves_it():
         du.TrainConfig.recipe(True, 100, lerning_rate=1)
     with pytest.raises(ValueError, match=r"did you mean learning_rate\?"):
         du.TrainConfig.recipe(True, 100, LERNING_RATE=1)
+
+
+def test_none_in_the_options_of_the_notebook_wins_over_the_recipe(survey):
+    """N_EPOCHS = None asks for the recipe's number; OPTIONS say what they say."""
+    cells = [c for c in nbformat.read(ROOT / "training.ipynb", 4).cells if c.cell_type == "code"]
+    space = {"data_utils": du, "TrainConfig": du.TrainConfig, "dataclasses": dataclasses}
+    exec(next(c.source for c in cells if "parameters" in c.metadata.get("tags", [])), space)  # noqa: S102
+    folder = settings(survey).partition_dir
+    options = {"layer_decay": None, "ema_decay": None, "clip_grad": None, "min_crop": 0.9}
+    space |= {"PARTITION_DIR": folder, "PRETRAINED": "weights.pth", "OPTIONS": options}
+    exec(next(c.source for c in cells if "TrainConfig.recipe(" in c.source), space)  # noqa: S102
+    config, recipe = space["config"], du.TrainConfig.recipe(True, len(space["parts"]["train"]))
+    assert {name: getattr(config, name) for name in options} == options
+    assert (config.epochs, config.start) == (recipe.epochs, "probe")
 
 
 def test_config_comes_back_from_its_file(survey, tmp_path):

@@ -79,6 +79,18 @@ def test_probabilities_that_are_not_out_of_fold_are_refused(probs, folds, groups
         du.OutOfFold(np.array(probs), np.array(folds), np.array(groups))
 
 
+def test_quick_model_learns_from_known_cells_alone():
+    """It is sklearn's own per label; a label without both answers gets its share, or 0.5."""
+    x = np.array([[-2.0], [-1.0], [1.0], [2.0], [0.0]])
+    y = np.array([[0, 1, NAN, NAN], [0, 1, NAN, 0], [1, 1, NAN, 0], [1, 1, NAN, NAN]] + [[NAN] * 4])
+    probs = du.fit_and_predict(x, y, np.array([[-1.5], [0.0], [1.5]]))
+    assert probs[:, 0] == pytest.approx([1 - probs[2, 0], 0.5, probs[2, 0]])
+    own = LogisticRegression(C=3.0).fit(x[:4], [0, 0, 1, 1])
+    assert probs[:, 0] == pytest.approx(own.predict_proba([[-1.5], [0.0], [1.5]])[:, 1], abs=1e-6)
+    assert probs[2, 0] > 0.9
+    assert probs[:, 1:].tolist() == [[1.0, 0.5, 0.0]] * 3
+
+
 def test_finder_takes_nothing_but_out_of_fold(nb):
     with pytest.raises(TypeError, match="ndarray: expected what out_of_fold returns"):
         nb.find_wrong_labels(np.eye(3), np.full((3, 3), 0.5), LABELS, list("xyz"))
@@ -586,10 +598,10 @@ def test_notebook_runs_on_classes_from_top_to_bottom(tmp_path, monkeypatch):
             matplotlib.pyplot.close("all")
     known = space["photos"]["part"] == "train"
     assert np.isnan(space["given"][known]).any(1).mean() == pytest.approx(0.4, abs=0.15)
-    table, labels = du.read_partition(tmp_path / "out" / "train_partition.csv")
+    table, labels = du.read_partition(tmp_path / "out" / "planted" / "train_partition.csv")
     assert labels == CLASSES
     before = space["labels"][known].argmax(1) != true[:60]
     after = table["class"].map(CLASSES.index) != true[:60]
     assert after.sum() < before.sum()  # reviewed by the truth
-    test, _ = du.read_partition(tmp_path / "out" / "test_partition.csv")
+    test, _ = du.read_partition(tmp_path / "out" / "planted" / "test_partition.csv")
     assert test["class"].tolist() == part["class"].tolist()[75:]
