@@ -1133,8 +1133,9 @@ class DataPartition(Dataset):
         wanted = ("image_path", *(() if self.exclusive else label_columns))
         if missing := [c for c in wanted if c not in df.columns]:
             raise ValueError(f"the partition has no column {brief(missing)}.")
-        self.paths = df["image_path"]
-        self.groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
+        self._paths = _as_bytes(df["image_path"])
+        groups = df["group_id"].to_numpy() if "group_id" in df else np.arange(len(df))
+        self._groups = _as_bytes(groups) if groups.dtype.kind in "OU" else groups
         targets = read_targets(df, self.label_columns)  # (N,) or (N, L)
         self.targets = targets if self.exclusive else targets.astype(np.float32)
         self.cache_dir = Path(cache_dir) if cache_dir else None
@@ -1144,19 +1145,10 @@ class DataPartition(Dataset):
     def paths(self) -> list[str]:
         return [os.fsdecode(path) for path in self._paths]
 
-    @paths.setter
-    def paths(self, paths: Iterable[str]) -> None:
-        self._paths = _as_bytes(paths)
-
     @property
     def groups(self) -> Array:
         texts = self._groups.dtype.kind == "S"
         return np.array([*map(os.fsdecode, self._groups)], object) if texts else self._groups
-
-    @groups.setter
-    def groups(self, groups: Array) -> None:
-        groups = np.asarray(groups)
-        self._groups = _as_bytes(groups) if groups.dtype.kind in "OU" else groups
 
     def __len__(self) -> int:
         return len(self._paths)
