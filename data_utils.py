@@ -779,15 +779,6 @@ def answered_class(answers: pd.DataFrame, question: str) -> pd.DataFrame:
     return table
 
 
-def combine_classes(targets: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per panorama with the class of its halves, which must be one."""
-    by = targets.drop(columns="image").groupby(targets["image"].map(panorama_name), sort=False)
-    if (several := by[CLASS].nunique().loc[lambda n: n > 1].index).size:
-        problem = "halves of one panorama are of two classes; set VIEW = 'half', or correct them"
-        raise ValueError(f"{brief(several)}: {problem}.")
-    return by.first().reset_index()
-
-
 # ---------------------------------------------------------------- partition
 
 
@@ -813,7 +804,8 @@ def panorama_groups(paths: pd.Series) -> pd.Series:
 def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     """Combine the rows of NAME_left and NAME_right into one row NAME of the whole panorama.
 
-    Present if in either half; unknown if neither says present and one is unknown or missing.
+    Present if in either half; unknown if neither says present and one is unknown or missing. A
+    class is that of its halves, which must be one.
     """
     stem = targets["image"].map(_without_suffix)
     is_half = stem.str.endswith(("_left", "_right"))
@@ -821,6 +813,9 @@ def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     labels = targets.select_dtypes(["number", "bool"]).columns
     by = targets.drop(columns="image").astype(dict.fromkeys(labels, float))
     by = by.groupby(panorama, sort=False)
+    if CLASS in targets and (several := by[CLASS].nunique().loc[lambda n: n > 1].index).size:
+        problem = "halves of one panorama are of two classes; set VIEW = 'half', or correct them"
+        raise ValueError(f"{brief(several)}: {problem}.")
     combined = by.first()
     enough = by[labels].count().ge(1 + is_half.groupby(panorama, sort=False).any(), axis=0)
     combined[labels] = by[labels].max().where(lambda highest: (highest >= 0.5) | enough)

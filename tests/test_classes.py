@@ -377,15 +377,15 @@ def test_counts_of_classes_are_those_of_their_columns():
 def test_halves_of_two_classes_are_refused():
     table = pd.DataFrame({"image": ["x_left.jpg", "x_right.jpg", "y_left.jpg"]})
     table["class"] = ["a", None, "b"]
-    assert partitioning.combine_classes(table)["class"].tolist() == ["a", "b"]
+    assert du.combine_halves(table)["class"].tolist() == ["a", "b"]
     table["class"] = ["a", "b", "b"]
     with pytest.raises(ValueError, match="x: halves of one panorama are of two classes"):
-        partitioning.combine_classes(table)
+        du.combine_halves(table)
 
 
 def test_halves_combined_keep_the_column_to_group_by():
     table = pd.DataFrame({"image": ["x_left.jpg", "x_right.jpg"], "site": ["fen", "fen"]})
-    found = partitioning.combine_classes(table.assign(**{"class": ["a", "a"]}))
+    found = du.combine_halves(table.assign(**{"class": ["a", "a"]}))
     assert found.to_dict("list") == {"image": ["x"], "site": ["fen"], "class": ["a"]}
 
 
