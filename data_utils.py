@@ -791,16 +791,6 @@ def panorama_name(path: PathLike) -> str:
     return re.sub(r"_(left|right)$", "", _without_suffix(str(path)))
 
 
-def panorama_groups(paths: pd.Series) -> pd.Series:
-    """Return the panorama of each POSIX path, also where class folders part its two halves."""
-    panorama = paths.map(panorama_name)
-    file = paths.map(lambda path: _without_suffix(path.rpartition("/")[2]))
-    name = file.map(panorama_name)
-    # a half whose other one lies elsewhere; two left ones of a name are of two panoramas
-    alone = (file != name) & ~panorama.duplicated(keep=False) & ~file.duplicated(keep=False)
-    return panorama.mask(alone & name.map(name[alone].value_counts()).eq(2), name)
-
-
 def combine_halves(targets: pd.DataFrame) -> pd.DataFrame:
     """Combine the rows of NAME_left and NAME_right into one row NAME of the whole panorama.
 
