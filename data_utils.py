@@ -763,22 +763,6 @@ def read_class_column(path: PathLike, column: str, keep: Sequence[str] = ()) -> 
     return found.reset_index(drop=True)
 
 
-def answered_class(answers: pd.DataFrame, question: str) -> pd.DataFrame:
-    """Return `image` and `class`: the option of a radio question that most annotators chose."""
-    own = answers[(answers["question"] == question) & (answers["kind"] == "radio")]
-    if own.empty:
-        asked = answers.loc[answers["kind"] == "radio", "question"].unique()
-        raise ValueError(f"no radio question {question!r}; there are {brief(asked)}.")
-    votes = own.groupby("image", sort=False)["answer"].agg(lambda given: tuple(given.mode()))
-    clear = votes[votes.map(len) == 1].str[0]
-    if (unlike := own.groupby("image")["answer"].nunique().gt(1)).any():
-        print(f"{unlike.sum()} images got several answers, {len(votes) - len(clear)} of them a tie")
-    images = pd.Series(answers["image"].unique(), name="image")
-    table = pd.DataFrame({"image": images, CLASS: images.map(clear)})
-    table.attrs["classes"] = sorted(table[CLASS].dropna().unique())
-    return table
-
-
 # ---------------------------------------------------------------- partition
 
 
