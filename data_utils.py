@@ -3396,12 +3396,6 @@ class Classifier:
         found = self._distance(self._features(images, config))
         return np.searchsorted(self.usual["distances"], found).clip(max=100) / 100
 
-    def fingerprint(self) -> str:
-        """Return what changes with weights, labels, thresholds and whatever else decides."""
-        weights = {k: v.float().cpu().numpy() for k, v in self.model.state_dict().items()}
-        rules = [getattr(self, option.name) for option in fields(self)[1:]]
-        return joblib.hash([weights, str(self.transform), *rules])
-
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
 

@@ -457,7 +457,7 @@ def test_file_without_the_option_does_not_flip(survey, tmp_path):
 # ---------------------------------------------------------------- larger photos in use
 
 
-def test_larger_photos_are_for_validation_and_use_only(survey, tmp_path):
+def test_larger_photos_are_for_validation_and_use_only(survey, tmp_path, notebook_functions):
     """1.29 × 64 px is 83, of which 96 is the nearest multiple of 32."""
     config = settings(survey, model_name="resnet10t", model_kwargs={}, img_width=64)
     model, sets = du.build_run(dataclasses.replace(config, test_scale=1.29))
@@ -471,7 +471,8 @@ def test_larger_photos_are_for_validation_and_use_only(survey, tmp_path):
     assert loaded.predict(photo).equals(classifier.predict(photo))
     at_64 = du.Classifier(du.build_run(config)[0], ["red", "green"], [0.5, 0.5])
     assert at_64.explain(photo, "red").shape == (64, 64)
-    assert at_64.fingerprint() != loaded.fingerprint()
+    fingerprint = notebook_functions("survey").fingerprint
+    assert fingerprint(at_64) != fingerprint(loaded)
 
 
 @pytest.fixture
