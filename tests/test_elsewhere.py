@@ -210,7 +210,7 @@ def test_clicks_in_the_viewer_reach_the_partition(survey, table, tmp_path, noteb
     assert relabeling.apply_decisions(review, part, ["tree"])["tree"].count() == 2
 
 
-def test_line_that_a_crash_cut_off_costs_no_other(survey, tmp_path, notebook_functions):
+def test_line_that_a_crash_cut_off_costs_no_other(tmp_path, notebook_functions):
     path = tmp_path / "review.csv"
     path.write_text("a.jpg,tree,pres")
     du.append_line(path, ['b, "c".jpg', "tree", "absent"])
