@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image
 from test_imagesplit import rational, raw_exif
 
 GPS = ExifTags.GPS
@@ -80,13 +80,18 @@ def test_without_letters_a_sign_is_needed(nb, tmp_path):
         ((95.0, 0.0, 0.0), (10.0, 0.0, 0.0)),
         ((50.0, 0.0, 0.0), (370.0, 0.0, 0.0)),
         ((90.0, 0.0, 1.0), (10.0, 0.0, 0.0)),
-        ((TiffImagePlugin.IFDRational(0, 0),) * 3, (10.0, 0.0, 0.0)),
         ((50.0, 0.0, 0.0), None),
         (None, None),
     ],
 )
 def test_what_is_no_place_on_earth_is_none(nb, tmp_path, latitude, longitude):
     assert position(nb, tmp_path, place(latitude, longitude)) is None
+
+
+def test_zero_divided_by_zero_is_no_place(nb, tmp_path):
+    latitude, longitude = rational(*[0, 0] * 3), rational(10, 1, 0, 1, 0, 1)
+    tags = [(1, 2, 2, b"N\0"), (2, 5, 3, latitude), (3, 2, 2, b"E\0"), (4, 5, 3, longitude)]
+    assert position(nb, tmp_path, raw_exif([], tags)) is None
 
 
 def test_the_equator_and_the_prime_meridian_are_places(nb, tmp_path):

@@ -49,7 +49,7 @@ def expected(classifier, photos, **options):  # noqa: F811
 
 
 def stored(path):
-    return pd.read_csv(path, dtype={"image": str})
+    return pd.read_csv(path, dtype={"image": str}, float_precision="round_trip")
 
 
 def check(classifier, survey, out, **options):  # noqa: F811

@@ -475,7 +475,7 @@ def test_history_has_a_row_an_epoch_written_as_it_happens(spoilt):
     _, history, run_dir, rows_on_disk, _ = spoilt
     assert all(epoch == rows for epoch, rows in rows_on_disk)
     assert history["epoch"].tolist() == list(range(1, len(history) + 1))
-    saved = pd.read_csv(run_dir / "history.csv")
+    saved = pd.read_csv(run_dir / "history.csv", float_precision="round_trip")
     assert_same_history(saved, history)
     assert (saved["seconds"] > 0).all()
 
@@ -869,7 +869,8 @@ def test_fit_again_after_an_interrupt_starts_from_the_start_or_is_refused(sets, 
     except (RuntimeError, ValueError):
         assert (tmp_path / "last" / "trainer.json").is_file()  # still there to resume
     else:
-        assert_same_history(history, pd.read_csv(whole[0] / "history.csv"))
+        saved = pd.read_csv(whole[0] / "history.csv", float_precision="round_trip")
+        assert_same_history(history, saved)
 
 
 @pytest.mark.parametrize("moment", ["before the save", "between delete and rename"])
