@@ -3541,6 +3541,12 @@ def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> 
     return np.rint(255 * drawn).astype(np.uint8)
 
 
+def plot_intervals(names: Sequence[str], value: Any, low: Any, high: Any) -> None:
+    """Draw values with their intervals into the current axes, a line per name."""
+    sides = np.stack([np.subtract(value, low), np.subtract(high, value)])
+    plt.errorbar(value, names, xerr=sides.clip(0), fmt="o", color="tab:blue")
+
+
 def plot_comparison(table: pd.DataFrame, most: int = 30) -> plt.Figure:
     """Draw the AP differences of `compare_scores` with 95 % intervals, those of all labels apart.
 
@@ -3551,8 +3557,7 @@ def plot_comparison(table: pd.DataFrame, most: int = 30) -> plt.Figure:
     labels = labels if len(labels) <= most else [*labels[: most // 2], *labels[-most // 2 :]]
     rows = table.loc[[*labels, *last]]
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(rows) + 0.9), layout="constrained")
-    error = np.stack([rows["difference"] - rows["low"], rows["high"] - rows["difference"]])
-    axis.errorbar(rows["difference"], rows.index, xerr=error.clip(0), fmt="o", color="tab:blue")
+    plot_intervals(rows.index, rows["difference"], rows["low"], rows["high"])
     axis.axvline(0, ls=":", color="grey")
     axis.axhline(len(labels) - 0.5, lw=0.5, color="grey")
     axis.set_xlabel("← baseline better   difference in AP, 95 % interval   this model better →")
@@ -3647,6 +3652,19 @@ def compare_classifiers(
     probs = [c.predict(part.paths, *options)[columns].to_numpy() for c in (one, other)]
     names = part.label_columns, part.groups
     return compare_scores(part.targets, *probs, *names, seed=config.seed), probs[0]
+
+
+def describe_comparison(table: pd.DataFrame, name: str) -> str:
+    """Say what `compare_scores` found of two heads, and nothing that it did not."""
+    low, high = table[["low", "high"]].iloc[-1]  # of the mAP, or of classes the top-1 accuracy
+    ahead = f"{name} is" if low > 0 else "the linear head is" if high < 0 else "neither head is"
+    lines = [f"{n} {d:+.3f} ({a:+.3f} to {b:+.3f})" for n, _, _, d, a, b in table.itertuples()]
+    labels = table.iloc[:-1].drop("mAP", errors="ignore").sort_values("difference")
+    told = pd.Series(lines, table.index)[labels.index]
+    worse = "; ".join(told[labels["high"] < 0][:10]) or "none"
+    better = "; ".join(told[labels["low"] > 0][-10:]) or "none"
+    told = f"Clearly worse: {worse}.\nClearly better: {better}."
+    return f"{ahead} ahead on this test part, one seed: {lines[-1]}.\n{told}"
 
 
 def plot_label_maps(

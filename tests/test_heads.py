@@ -855,14 +855,14 @@ def comparison(**rows):
         ((0.05, -0.01, 0.09), "neither head is ahead"),
     ],
 )
-def test_comparison_is_told_with_its_interval_and_what_got_worse(notebook_functions, total, start):
+def test_comparison_is_told_with_its_interval_and_what_got_worse(total, start):
     rows = {"Sun": (0.1, 0, 0.2), "Reed": (-0.05, -0.1, 0.02)}  # both may be luck
     table = comparison(**rows, Tree=(-0.064, -0.194, -0.007), mAP=total)
-    text = notebook_functions("csra").tell(table)
+    text = du.describe_comparison(table, "CSRA")
     interval = "mAP {:+.3f} ({:+.3f} to {:+.3f}).".format(*total)
     assert text.startswith(f"{start} on this test part, one seed: {interval}")
     assert "Clearly worse: Tree -0.064 (-0.194 to -0.007).\nClearly better: none." in text
-    assert "Clearly worse: none." in notebook_functions("csra").tell(table.drop("Tree"))
+    assert "Clearly worse: none." in du.describe_comparison(table.drop("Tree"), "CSRA")
 
 
 def test_demo_knows_which_cells_show_a_label(notebook_functions, tmp_path):
