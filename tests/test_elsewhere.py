@@ -193,16 +193,18 @@ def test_clicks_in_the_viewer_reach_the_partition(survey, table, tmp_path, noteb
     del known[os.path.realpath(survey.select(table, "tree", site="Fen")["image"].iloc[1])]
     viewer = survey.browse(table, review, known)
     (label, _, site), (number, *buttons) = (box.children for box in viewer.children[:2])
-    text, picture = viewer.children[2:]
+    noted, text, picture = viewer.children[2:]
     label.value, site.value = "tree", "Mere"
     assert text.value.startswith("1 photos")
     assert picture.value[:2] == b"\xff\xd8"
     buttons[1].click()
+    assert noted.value == f"Noted: {known[first]}, tree: absent"
     site.value = "Fen"
     assert text.value.startswith("6 photos")
     buttons[0].click()
     assert number.value == 2  # the next one, which is not in the training part
     assert all(button.disabled for button in buttons)
+    assert text.value.endswith("no training photo, so not to be corrected")
     decisions = relabeling.read_decisions(review)
     assert decisions["decision"].tolist() == ["absent", "present"]
     assert decisions["image_path"][0] == known[first]
