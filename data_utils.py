@@ -3703,7 +3703,7 @@ def _to_html(item: pd.DataFrame | plt.Figure) -> str:
 
 
 def _report_data(parts: dict[str, pd.DataFrame], labels: list[str]) -> list:
-    rows = pd.concat(parts, names=["part"]).reset_index("part")
+    rows = pd.concat(parts, names=["part"]).reset_index("part").reset_index(drop=True)
     rows["panorama"] = rows["image_path"].map(panorama_name)
     counts = rows.groupby("part", sort=False)[["image_path", "group_id", "panorama"]].nunique()
     counts.columns = ["photos", "groups", "panoramas"]

@@ -984,7 +984,7 @@ run.fit(lambda row: print("epoch", flush=True))
     finally:
         first.kill()
         first.wait()
-    for _ in range(60):  # its workers notice after some seconds that they are alone
+    for _ in range(600):  # its workers notice after some seconds that they are alone
         try:
             history = trainer(sets, tmp_path / "run").fit()
             break
