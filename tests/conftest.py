@@ -1,9 +1,11 @@
 """Order of the tests, and what several test files need."""
 
 import ast
+import getpass
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,9 @@ matplotlib.use("Agg")  # not by environment variable: notebook kernels would inh
 os.environ["TQDM_MININTERVAL"] = "30"
 if n := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each process has cores of its own
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(n), 1)))
+if units := os.environ.get("ATEN_CPU_CAPABILITY"):  # which torch.compile's own cache does not know
+    cache = Path(tempfile.gettempdir()) / f"inductor_{getpass.getuser()}_{units}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 # Processes of pytest-xdist inherit the next line but one, so what stood there has another name.
 GPUS = os.environ.setdefault("NOTEBOOK_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # unit tests compare bits; the notebooks get the GPU back

@@ -1113,6 +1113,7 @@ def test_half_precision_only_where_the_cpu_has_it_and_not_for_depth_wise_convolu
     monkeypatch, units, wanted
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
     products = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(12)))
@@ -1125,6 +1126,8 @@ def test_half_precision_only_where_the_cpu_has_it_and_not_for_depth_wise_convolu
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert du.fast_precision(depth_wise) == "no"
     assert du.fast_precision(depth_wise, training=False) == "bf16"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert du.fast_precision(products) == "no"
 
 
 def test_model_that_stays_on_the_cpu_gets_the_precision_of_the_cpu(monkeypatch):
