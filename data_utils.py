@@ -1942,7 +1942,8 @@ def _half_precision(device: str) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cpu = torch.cpu.get_capabilities()
     units = any(cpu.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-    held_back = "ATEN_CPU_CAPABILITY" in os.environ  # attention in bf16 fails without AVX-512
+    # torch's attention in bf16 fails where its kernels may not use AVX-512
+    held_back = os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2")
     return "bf16" if units and device == "cpu" and not held_back else "no"
 
 
@@ -3542,10 +3543,13 @@ def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> 
     return np.rint(255 * drawn).astype(np.uint8)
 
 
-def plot_intervals(names: Sequence[str], value: Any, low: Any, high: Any) -> None:
-    """Draw values with their intervals into the current axes, a line per name."""
+def plot_intervals(
+    names: Sequence[str], value: Any, low: Any, high: Any, axis: plt.Axes | None = None
+) -> None:
+    """Draw values with their intervals, a line per name, into `axis` or the current axes."""
     sides = np.stack([np.subtract(value, low), np.subtract(high, value)])
-    plt.errorbar(value, names, xerr=sides.clip(0), fmt="o", color="tab:blue")
+    axis = axis or plt.gca()
+    axis.errorbar(value, names, xerr=sides.clip(0), fmt="o", color="tab:blue")
 
 
 def plot_comparison(table: pd.DataFrame, most: int = 30) -> plt.Figure:
@@ -3558,7 +3562,7 @@ def plot_comparison(table: pd.DataFrame, most: int = 30) -> plt.Figure:
     labels = labels if len(labels) <= most else [*labels[: most // 2], *labels[-most // 2 :]]
     rows = table.loc[[*labels, *last]]
     figure, axis = plt.subplots(figsize=(6.5, 0.35 * len(rows) + 0.9), layout="constrained")
-    plot_intervals(rows.index, rows["difference"], rows["low"], rows["high"])
+    plot_intervals(rows.index, rows["difference"], rows["low"], rows["high"], axis)
     axis.axvline(0, ls=":", color="grey")
     axis.axhline(len(labels) - 0.5, lw=0.5, color="grey")
     axis.set_xlabel("← baseline better   difference in AP, 95 % interval   this model better →")

@@ -1128,6 +1128,8 @@ def test_half_precision_only_where_the_cpu_has_it_and_not_for_depth_wise_convolu
     assert du.fast_precision(depth_wise, training=False) == "bf16"
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert du.fast_precision(products) == "no"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx512")
+    assert du.fast_precision(products) == "bf16"
 
 
 def test_model_that_stays_on_the_cpu_gets_the_precision_of_the_cpu(monkeypatch):
