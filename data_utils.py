@@ -1,8 +1,11 @@
 """Helpers that the 360° photo notebooks share: labels, partitions, models, training, scores.
 
-The sections follow the data: `open_image` decodes, `MaskedLoss` leaves unknown cells out,
-`Trainer._end_epoch` keeps the best weights, `HEADS` says how to add a head. Everything is picklable
-for DataLoader workers and launched processes; copy this file beside a notebook of your own.
+Sections follow the data: files, labels, partition, data, heads, model, probe, loss, settings,
+training, scores, classifier, plots, report. `open_image` decodes, `MaskedLoss` leaves unknown cells
+out, `Trainer._end_epoch` keeps the best weights, `find_optimal_thresholds` chooses the thresholds,
+`HEADS` says how to add a head. `TrainConfig.read` and `build_run` make a run again from its folder,
+`Classifier.load` what came of it. Everything is picklable for DataLoader workers and launched
+processes; copy this file beside a notebook of your own.
 
 Shape letters: B batch, C channels, H height, W width, N images, L labels, G groups.
 A label cell is 1 (present), 0 (absent), NaN (nobody judged it) or in between (soft target); of
@@ -37,8 +40,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-# Threads of two trainings that spin while they wait take the cores from each other: a spin less
-# long. OpenMP reads it when torch is loaded, so this file is imported before.
+# Threads of two trainings that spin while they wait take the cores from each other: spin briefly.
+# OpenMP reads this when torch is loaded, so import this file before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import joblib
@@ -78,7 +81,7 @@ from tqdm.auto import tqdm
 pd.options.mode.string_storage = "python"  # pyarrow's refuses file names that are no UTF-8
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # PostScript would start a program
-TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # by Orientation
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))  # by Orientation
 _SWAPPING = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
 NOT_LABELS = ("image_path", "group_id")
 CLASS = "class"  # the one column of classes that exclude each other; "classes.txt" has their order
@@ -110,11 +113,11 @@ _NO = (  # answers that raise no flag; "not useful" raises it
 
 
 @contextlib.contextmanager
-def replacing(path: PathLike, by_all: bool = False) -> Iterator[Path]:
+def replacing(path: PathLike, each_process: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place only if all went well.
 
-    Of the processes of `accelerate launch` only the first does it, unless each has files of its
-    own. A full disk, a vanished or read-only folder raise an OSError that names `path`.
+    Of the processes of `accelerate launch`, which all write one, only the first renames it, unless
+    each has files of its own. What a disk refuses raises an OSError that names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")  # of one thread alone
@@ -123,7 +126,7 @@ def replacing(path: PathLike, by_all: bool = False) -> Iterator[Path]:
         _remove_stale(path.parent)
         try:
             yield temporary
-            if by_all or _is_main():
+            if each_process or _is_main():
                 os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -226,12 +229,12 @@ def _need_file(path: PathLike, fix: str) -> Path:
 def _read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; whatever else it holds raises a ValueError."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError("no JSON object")
-    return found
+    return content
 
 
 def _bad_line(path: PathLike, number: int, problem: str) -> ValueError:
@@ -245,19 +248,20 @@ def read_tuned(path: PathLike, head: str, network: dict | None = None) -> dict[s
     """
     path = _need_file(path, "run tuning.ipynb to make it")
     try:
-        found = _read_object(path)
-        own, before = found.pop("head"), dict(found.pop("found_with", {}))
-        notebook = {"linear": "training", "csra": "csra", "mldecoder": "mldecoder"}[own]
-        _check_options(found, TUNABLE)
-        TrainConfig(**found)
+        values = _read_object(path)
+        made_for, before = values.pop("head"), dict(values.pop("found_with", {}))
+        check_choice("head", made_for, HEADS)
+        _check_options(values, TUNABLE)
+        TrainConfig(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no best_parameters.json of tuning.ipynb ({error}).") from None
-    if own != head:
-        raise ValueError(f"{path}: found for head={own!r}, not {head!r}; use {notebook}.ipynb.")
+    if made_for != head:
+        fix = f"use {'training' if made_for == 'linear' else made_for}.ipynb"
+        raise ValueError(f"{path}: found for head={made_for!r}, not {head!r}; {fix}.")
     now = json.loads(json.dumps(network or {}))  # tuples become lists, as in the file
     if other := [name for name in now if before.get(name, now[name]) != now[name]]:
         warnings.warn(f"{path}: found with another {brief(other)}; search again.", stacklevel=2)
-    return found
+    return values
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
@@ -274,7 +278,7 @@ def list_images(folder: PathLike) -> list[Path]:
 
 
 def image_names(folder: PathLike) -> Iterator[str]:
-    """Yield the same as POSIX paths below `folder`, keeping the names of one folder at a time."""
+    """Yield the same as POSIX paths below `folder`; only one folder's names are in memory."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the images.")
@@ -351,7 +355,7 @@ def _read_export(path: PathLike) -> Iterator[list[dict]]:
                 encoding = "UTF-16, save it as UTF-8" if b"\0" in line else error
                 problem = f"not JSON ({encoding})"
             except (AttributeError, KeyError, TypeError) as error:
-                problem = f"an answer lacks {error}"
+                problem = f"an answer is not built as expected ({error})"
             if problem:
                 raise _bad_line(path, number, f"{problem}; {hint}")
             yield answers
@@ -416,12 +420,12 @@ def _graded_questions(answers: pd.DataFrame) -> set[tuple]:
         given.setdefault(path[::2], {}).setdefault(key, set()).add(option)
     schemes, complete = {}, set()
     for question, each in given.items():
-        found = [*filter(None, map(_GRADE.match, sorted(set().union(*each.values()))))]
-        pairs = {(int(m[1]), m.string[m.end() :].casefold()) for m in found}
+        matches = [*filter(None, map(_GRADE.match, sorted(set().union(*each.values()))))]
+        pairs = {(int(m[1]), m.string[m.end() :].casefold()) for m in matches}
         unique = all(len(set(values)) == len(pairs) for values in zip(*pairs))
-        if found and unique and all(n < 10 and word[:1].isalpha() for n, word in pairs):
-            schemes[question] = scheme = {m.string for m in found}
-            if any(int(m[1]) == 1 for m in found) or all(scheme & one for one in each.values()):
+        if matches and unique and all(n < 10 and word[:1].isalpha() for n, word in pairs):
+            schemes[question] = scheme = {m.string for m in matches}
+            if any(int(m[1]) == 1 for m in matches) or all(scheme & one for one in each.values()):
                 complete.add(question)
     known = set().union(*(schemes[question] for question in complete))
     return {question for question, scheme in schemes.items() if scheme <= known}
@@ -441,8 +445,8 @@ def _name_answers(answers: pd.DataFrame, path: PathLike) -> pd.DataFrame:
     each = zip(asked, answers["answer"], in_scheme, chosen)
     ways = [(w if grade else (*w, option)) if ticked else None for w, option, grade, ticked in each]
     labels = [" / ".join(way) if way else None for way in ways]
-    found = pd.Series(ways, labels, dtype=object).groupby(level=0, sort=False).nunique()
-    if twofold := [*found.index[found > 1]]:
+    paths_per_label = pd.Series(ways, labels, dtype=object).groupby(level=0, sort=False).nunique()
+    if twofold := [*paths_per_label.index[paths_per_label > 1]]:
         problem = "a question and an option of another one give the same label, rename one"
         raise ValueError(f"{path}: {problem}: {brief(twofold)}.")
     question = [" / ".join(names) if names else None for names in asked]
@@ -458,9 +462,9 @@ def _tell_apart(rows: list[list[dict]], path: PathLike) -> None:
         key = first["data_row_id"] or first["global_key"]
         photos.setdefault(first["image"], {})[key] = first["global_key"]
     for name, keys in photos.items():
-        own = {key.replace("\\", "/") for key in keys.values() if isinstance(key, str)}
-        files = {key.rpartition("/")[2] for key in own}
-        if len(keys) > 1 and (len(own) < len(keys) or files != {name.rpartition("/")[2]}):
+        global_keys = {key.replace("\\", "/") for key in keys.values() if isinstance(key, str)}
+        files = {key.rpartition("/")[2] for key in global_keys}
+        if len(keys) > 1 and (len(global_keys) < len(keys) or files != {name.rpartition("/")[2]}):
             problem = "several data rows of one name, give each a global_key that is its path"
             raise ValueError(f"{path}: {problem}: {name}.")
     for record in itertools.chain(*rows):
@@ -523,9 +527,9 @@ def check_label_names(labels: Iterable[str], path: PathLike, what: str = "label"
     labels = sorted(labels)
     if odd := [label for label in labels if re.search(r"^$|[\0-\x1f\x7f\ud800-\udfff]", label)]:
         raise ValueError(f"{path}: {odd[0]!r} is no name that can be written; rename that {what}.")
-    taken = {"image", "part", CLASS, *NOT_LABELS, *(f"{label}_prob" for label in labels)}
-    if found := [label for label in labels if label in taken]:
-        raise ValueError(f"{path}: {found[0]!r} is the name of a column; rename that {what}.")
+    reserved = {"image", "part", CLASS, *NOT_LABELS, *(f"{label}_prob" for label in labels)}
+    if clashing := [label for label in labels if label in reserved]:
+        raise ValueError(f"{path}: {clashing[0]!r} is the name of a column; rename that {what}.")
 
 
 def to_targets(
@@ -588,7 +592,7 @@ def _split_lists(cells: pd.Series, unlisted: str, separator: str | None = None) 
     """Turn cells with lists into one 0/1 column per label, in order of appearance."""
     listed = cells.map(lambda cell: [name for name in _split_cell(cell, separator) if name])
     names = listed.explode().dropna().unique()
-    labels = pd.DataFrame({n: [float(n in own) for own in listed] for n in names}, cells.index)
+    labels = pd.DataFrame({n: [float(n in row) for row in listed] for n in names}, cells.index)
     return labels.mask(cells == "") if unlisted == "unknown" else labels
 
 
@@ -596,7 +600,7 @@ def _read_words(column: pd.Series) -> pd.Series:
     """Turn a column of yes and no (in one way of writing) into one of 1 and 0."""
     yes = column.str.fullmatch("true|yes|y|t|x|✓|✔|present|wahr|ja|vrai|oui", case=False)
     no = column.str.fullmatch("false|no|n|f|absent|falsch|nein|faux|non", case=False)
-    ways = [column[found].str.casefold().nunique() for found in (yes, no)]
+    ways = [column[matches].str.casefold().nunique() for matches in (yes, no)]
     is_words = (yes | no | (column == "")).all() and max(ways) == 1
     return column.mask(yes, "1").mask(no, "0") if is_words else column
 
@@ -653,14 +657,14 @@ def read_csv_labels(
 def _flat_images(part: Path, names: pd.Series) -> pd.DataFrame:
     """Return class and name of images without folders, from the ground truth beside them."""
     places = [path for place in (part, part.parent) for path in sorted(place.iterdir())]
-    truth = [p for p in places if re.search(r"val_solution\.csv|ground_truth\.txt$", p.name)]
+    truth = [p for p in places if re.search(r"(val_solution\.csv|ground_truth\.txt)$", p.name)]
     if part.name != "val" or not truth:
         problem = f"no images in class folders; expected {part}/<class>/*.jpg"
         raise ValueError(f"{part}: {problem}, or for val/ LOC_val_solution.csv beside it.")
     if truth[0].suffix == ".csv":  # ImageId,PredictionString
         table = read_table(truth[0])
-        own = dict(zip(_take_names(table, truth[0]), table.iloc[:, -1].str.split().str[0]))
-        classes = names.map(lambda name: own.get(Path(name).stem, own.get(name)))
+        class_of = dict(zip(_take_names(table, truth[0]), table.iloc[:, -1].str.split().str[0]))
+        classes = names.map(lambda name: class_of.get(Path(name).stem, class_of.get(name)))
     else:  # a number per photo, in the order of their names
         from scipy.io import loadmat
 
@@ -699,19 +703,19 @@ def _list_classes(root: Path) -> pd.DataFrame:
     """Return part, class and image (below `root`); the parts are train/ and val/, or `root`."""
     split = [root / name for name in ("train", "val") if (root / name).is_dir()]
     parts = split if len(split) == 2 else [root]
-    found = pd.concat({part.relative_to(root).as_posix(): _class_images(part) for part in parts})
-    found = found.reset_index(level=0, names="part")
+    table = pd.concat({part.relative_to(root).as_posix(): _class_images(part) for part in parts})
+    table = table.reset_index(level=0, names="part")
     if len(split) == 2:
-        found["image"] = found["part"] + "/" + found["image"]
-    deep = found["image"].str.count("/") > 1
-    if len(split) == 1 and deep.all() and set(found[CLASS]) == {split[0].name}:
+        table["image"] = table["part"] + "/" + table["image"]
+    deep = table["image"].str.count("/") > 1
+    if len(split) == 1 and deep.all() and set(table[CLASS]) == {split[0].name}:
         problem = f"expected train/ and val/ in it, found {split[0].name}/ alone"
         raise ValueError(f"{root}: {problem}; add the other, or read {split[0]}.")
-    classes = found.groupby("part", sort=False)[CLASS].agg(set)
+    classes = table.groupby("part", sort=False)[CLASS].agg(set)
     if untrained := sorted(classes.iloc[-1] - classes.iloc[0]):
         problem = f"holds classes that {parts[0]} lacks: {brief(untrained)}"
         raise ValueError(f"{parts[-1]}: {problem}; a class must be trained to be tested.")
-    return found
+    return table
 
 
 def _class_names(path: PathLike, folders: Sequence[str]) -> dict[str, str]:
@@ -741,12 +745,12 @@ def _class_names(path: PathLike, folders: Sequence[str]) -> dict[str, str]:
 
 def read_class_folders(root: PathLike, names_path: PathLike | None = None) -> pd.DataFrame:
     """Return `image` (path below root) and `class`; attrs: "classes", "class_depth", "root"."""
-    found = _list_classes(Path(root))
-    folders = sorted(found[CLASS].unique())  # train/ has them all
+    listed = _list_classes(Path(root))
+    folders = sorted(listed[CLASS].unique())  # train/ has them all
     names = _class_names(names_path, folders) if names_path else dict(zip(folders, folders))
     check_label_names(names.values(), root, "class")
-    table = pd.DataFrame({"image": found["image"], CLASS: found[CLASS].map(names)})
-    depth = found["part"].nunique()  # 2: train/<class>/, 1: <class>/
+    table = pd.DataFrame({"image": listed["image"], CLASS: listed[CLASS].map(names)})
+    depth = listed["part"].nunique()  # 2: train/<class>/, 1: <class>/
     table.attrs = {"classes": [*names.values()], "class_depth": depth, "root": Path(root)}
     return table.reset_index(drop=True)
 
@@ -754,13 +758,13 @@ def read_class_folders(root: PathLike, names_path: PathLike | None = None) -> pd
 def read_class_column(path: PathLike, column: str, keep: Sequence[str] = ()) -> pd.DataFrame:
     """Return `image`, the columns to keep and `class` of a CSV; an empty cell is unknown."""
     table = read_table(path)
-    if lost := {column, *keep} - set(table.columns[1:]):
+    if lost := {column, *keep} - set(table.columns[1:]) | {*keep} & {"image"}:
         given = f"its columns are {brief(table.columns)}"
         raise ValueError(f"{path}: no column {brief(sorted(lost))}; {given}.")
     names, cells = _take_names(table, path), table[column].map(plain_name)
-    found = pd.concat([names, table[list(keep)], cells.mask(cells == "").rename(CLASS)], axis=1)
-    found.attrs["classes"] = sorted(found[CLASS].dropna().unique())
-    return found.reset_index(drop=True)
+    labelled = pd.concat([names, table[list(keep)], cells.mask(cells == "").rename(CLASS)], axis=1)
+    labelled.attrs["classes"] = sorted(labelled[CLASS].dropna().unique())
+    return labelled.reset_index(drop=True)
 
 
 # ---------------------------------------------------------------- partition
@@ -838,9 +842,9 @@ def parse_cells(cells: pd.DataFrame, path: PathLike, soft: bool) -> pd.DataFrame
     wrong = np.argwhere((~good & (cells != "")).to_numpy())
     if len(wrong):
         line, name = cells.index + 2, cells.columns
-        found = brief([f"line {line[r]}, {name[c]}: {cells.iloc[r, c]!r}" for r, c in wrong])
+        shown = brief([f"line {line[r]}, {name[c]}: {cells.iloc[r, c]!r}" for r, c in wrong])
         expected = "0 to 1" if soft else "0, 1"
-        raise ValueError(f"{path}: expected {expected} or an empty cell, found {found}.")
+        raise ValueError(f"{path}: expected {expected} or an empty cell, found {shown}.")
     return values.astype(float)
 
 
@@ -859,11 +863,11 @@ def read_partition(path: PathLike) -> tuple[pd.DataFrame, list[str]]:
         labels, df[CLASS] = _check_classes(df, path), df[CLASS].mask(df[CLASS] == "")
     else:
         df[labels] = parse_cells(df[labels], path, soft=True)
-    df["image_path"] = [seen_from_here(path, name) for name in df["image_path"]]
+    df["image_path"] = [resolve_image_path(path, name) for name in df["image_path"]]
     return df.reset_index(drop=True), labels
 
 
-def seen_from_here(table: Path, name: str) -> str:
+def resolve_image_path(table: Path, name: str) -> str:
     """Return where a file is that a table in its folder names, also by bytes that are no UTF-8."""
     name = re.sub(r"\\udc([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), name)
     return os.path.normpath(os.path.join(table.parent, name)).replace(os.sep, "/")
@@ -887,8 +891,8 @@ def _check_classes(df: pd.DataFrame, path: Path) -> list[str]:
         raise _bad_line(path, first.name + 2, f"{problem}; {wrong.sum()} such cells")
     if twice.any():
         first = df[twice].iloc[0]
-        own = df.loc[df["image_path"] == first["image_path"], CLASS]
-        problem = f"{first['image_path']} stands twice, as {brief(own)}"
+        given = df.loc[df["image_path"] == first["image_path"], CLASS]
+        problem = f"{first['image_path']} stands twice, as {brief(given)}"
         raise _bad_line(path, first.name + 2, f"{problem}; keep one row per photo")
     return classes
 
@@ -900,9 +904,9 @@ def load_parts(
     paths = {name: Path(folder) / f"{name}_partition.csv" for name in names}
     read = {name: read_partition(path) for name, path in paths.items()}
     labels = read[names[0]][1]
-    for name, (table, own) in read.items():
-        if own != labels or (CLASS in table) != (CLASS in read[names[0]][0]):
-            other = brief(sorted(set(own) ^ set(labels))) or "in another order or of another kind"
+    for name, (table, columns) in read.items():
+        if columns != labels or (CLASS in table) != (CLASS in read[names[0]][0]):
+            other = brief(sorted({*columns} ^ {*labels})) or "in another order or of another kind"
             raise ValueError(f"{paths[name]}: other labels than {paths[names[0]].name}: {other}.")
     parts = {name: table for name, (table, _) in read.items()}
     for one, two in itertools.combinations(names, 2):
@@ -1070,7 +1074,7 @@ def _rand_augment(settings: str, config: dict) -> list[Callable]:
 
 
 def _needed_size(transform: Callable | None) -> tuple[int, int] | None:
-    """Return the height and width that suffice for the first resizing step of `transform`."""
+    """Return the height and width that about suffice for the first resizing of `transform`."""
     for step in getattr(transform, "transforms", [transform]):
         if isinstance(step, (RandomSqueezedCrop, v2.Resize)) and len(step.size) == 2:
             least = getattr(step, "scale", (1.0,))[0] ** 0.5
@@ -1086,7 +1090,7 @@ class DataPartition(Dataset):
     `paths` and `groups`: take these once, not in a loop. JPEGs are decoded no larger than the
     resizing step of `transform` (PIL image → tensor) needs; `cache_dir` keeps the decoded, shrunk
     copies, so that no photo is decoded twice: `cache_gb` of them, the oldest go. Several processes
-    may share it, and pass its bound by a fiftieth each.
+    may share it; each may exceed its bound by 2 %.
     """
 
     def __init__(
@@ -1145,7 +1149,7 @@ class DataPartition(Dataset):
         image = open_image(path, size)
         if image.height > size[0] and image.width > size[1]:
             image = ImageOps.cover(image, size[::-1])
-        with replacing(copy, by_all=True) as temporary, open(temporary, "wb") as file:
+        with replacing(copy, each_process=True) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(image), allow_pickle=False)
         self._room -= 3e-9 * image.height * image.width
         if self._room < 0:
@@ -1172,14 +1176,14 @@ def _as_shares(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
 def _read_cached(path: Path, dtype: type, ndim: int) -> Array | None:
     """Return an array that was kept, or None: it is not there or damaged, make it (again)."""
     try:
-        found = np.load(path, allow_pickle=False)
-        return found if found.dtype == dtype and found.ndim == ndim else None
+        array = np.load(path, allow_pickle=False)
+        return array if array.dtype == dtype and array.ndim == ndim else None
     except Exception:  # numpy raises errors of many types at a file that is cut off or garbage
         return None
 
 
 def trim_cache(folder: PathLike, most_gb: float = np.inf) -> float:
-    """Return the GB of what is kept in `folder`; of more than `most_gb`, the oldest tenth goes."""
+    """Return the GB kept in `folder`; above `most_gb`, the oldest go until a tenth is free."""
     kept, ours = [], re.compile(r"[0-9a-f]{32,40}\.npy")  # what else lies there is left alone
     for path in filter(lambda path: ours.fullmatch(path.name), Path(folder).rglob("*.npy")):
         with contextlib.suppress(FileNotFoundError):  # another process removed it first
@@ -1196,7 +1200,7 @@ def trim_cache(folder: PathLike, most_gb: float = np.inf) -> float:
 
 
 class FeatureSet(TensorDataset):
-    """Features (N, ...) instead of photos: trains a head alone, goes where DataPartition goes."""
+    """Features (N, ...) instead of photos, for a Trainer of a head alone; no paths, no groups."""
 
     def __init__(self, features: torch.Tensor, targets: Array, label_columns: Sequence[str]):
         if len(features) != len(targets):
@@ -1215,9 +1219,9 @@ class TriStateMixup(Mixup):
         super().__init__(mixup_alpha, cutmix_alpha, **dense)
 
     def __call__(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = torch.cat([target.nan_to_num(0.0), target.isnan().float()], dim=1)  # (B, 2L)
-        x, both = super().__call__(x, both)
-        mixed, unknown = both.chunk(2, dim=1)
+        stacked = torch.cat([target.nan_to_num(0.0), target.isnan().float()], dim=1)  # (B, 2L)
+        x, stacked = super().__call__(x, stacked)
+        mixed, unknown = stacked.chunk(2, dim=1)
         return x, mixed.masked_fill(unknown > 0, torch.nan)
 
 
@@ -1238,8 +1242,8 @@ def read_ahead(dataset: Dataset, batch_size: int) -> Iterator[Any]:
 
     Decoding lets other threads run, so that nothing is copied between processes as in `DataLoader`.
     """
-    own = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of a process
-    waiting, pool = deque(), ThreadPoolExecutor(max(own, 1))
+    threads = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of a process
+    waiting, pool = deque(), ThreadPoolExecutor(max(threads, 1))
     try:
         for index in range(len(dataset)):
             waiting.append(pool.submit(dataset.__getitem__, index))
@@ -1270,18 +1274,21 @@ def _patches(images: torch.Tensor, side: int = 6) -> torch.Tensor:
 
 
 def patch_features(paths: Sequence, n_components: int = 128, seed: int = 42) -> torch.Tensor:
-    """Describe images (N, D ≤ N) by patches of themselves (Coates et al., AISTATS 2011)."""
+    """Return features (N, D ≤ N) learnt from patches of the images (Coates et al., AISTATS 2011).
+
+    They tell how a quick model would fare: 64 × 64 px, 256 whitened patches as filters, PCA.
+    """
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} images: patch_features compares images, give two or more.")
     squeeze = v2.Compose([v2.Resize((64, 64)), v2.PILToTensor(), v2.ToDtype(torch.float, True)])
     images = torch.stack([squeeze(open_image(path, (64, 64))) for path in paths])
     rng = np.random.default_rng(seed)
     some = rng.choice(len(images), min(len(images), 500), replace=False)
-    found = _patches(images[some]).flatten(0, 1)
-    found = found[rng.choice(len(found), min(len(found), 20_000), replace=False)]
-    mean, (variance, axes) = found.mean(0), torch.linalg.eigh(found.T.cov())
+    sample = _patches(images[some]).flatten(0, 1)
+    sample = sample[rng.choice(len(sample), min(len(sample), 20_000), replace=False)]
+    mean, (variance, axes) = sample.mean(0), torch.linalg.eigh(sample.T.cov())
     whiten = axes @ torch.diag((variance + 0.1).rsqrt()) @ axes.T
-    filters = F.normalize((found[:256] - mean) @ whiten, dim=1)
+    filters = F.normalize((sample[:256] - mean) @ whiten, dim=1)
     pooled = []
     for batch in images.split(16):
         maps = ((_patches(batch) - mean) @ whiten @ filters.T).mT.unflatten(2, (30, 30))
@@ -1331,16 +1338,16 @@ def out_of_fold(
     fit_predict: Callable, groups: Sequence[str], n_folds: int = 5, seed: int = 42
 ) -> OutOfFold:
     """Predict each image without its group: fit_predict(rows, held-out rows) → (held out, L)."""
-    groups, found = np.asarray(groups), []
-    if len(set(groups)) < max(n_folds, 2):
+    groups, tables = np.asarray(groups), []
+    if n_folds < 2 or len(set(groups)) < n_folds:
         raise ValueError(f"{len(set(groups))} groups are too few for {n_folds} folds.")
     for train, held_out in _folds(groups, n_folds, seed):
         probs = np.asarray(fit_predict(train, held_out))
         if probs.ndim != 2 or len(probs) != len(held_out) or np.isnan(probs).any():
             wanted = f"({len(held_out)}, labels) numbers: {probs.shape} or NaN"
             raise ValueError(f"fit_predict returned something else than {wanted}.")
-        found.append(pd.DataFrame(probs, held_out))
-    table = pd.concat(found, keys=range(n_folds)).sort_index(level=1)
+        tables.append(pd.DataFrame(probs, held_out))
+    table = pd.concat(tables, keys=range(n_folds)).sort_index(level=1)
     return OutOfFold(table.to_numpy(), table.index.get_level_values(0).to_numpy(), groups)
 
 
@@ -1402,8 +1409,8 @@ def _stack_published_csra(module, state, prefix, *_):
     state.setdefault(f"{prefix}bias", torch.zeros_like(module.bias))
     keys = [f"{prefix}multi_head.{i}.head.weight" for i in range(len(module.weight))]
     if keys[0] in state:
-        found = [state.pop(key) for key in keys if key in state]  # too many or few: no fit, named
-        state[f"{prefix}weight"] = torch.stack(found).flatten(2)
+        weights = [state.pop(key) for key in keys if key in state]  # too many or few: no fit, named
+        state[f"{prefix}weight"] = torch.stack(weights).flatten(2)
 
 
 class _DecoderLayer(nn.Module):
@@ -1421,8 +1428,8 @@ class _DecoderLayer(nn.Module):
         """Return answers (B, K, D) and, if wanted, where they were found (B, K, N)."""
         # where self-attention would stand, the authors' code adds the queries to themselves
         x = self.norm1(queries + self.dropout(queries))
-        found, weights = self.multihead_attn(x, memory, memory, need_weights=need_weights)
-        x = self.norm2(x + self.dropout(found))
+        attended, weights = self.multihead_attn(x, memory, memory, need_weights=need_weights)
+        x = self.norm2(x + self.dropout(attended))
         hidden = self.dropout(self.linear1(x).relu())
         return self.norm3(x + self.dropout(self.linear2(hidden))), weights
 
@@ -1484,7 +1491,8 @@ class MLDecoder(nn.Module):
         return maps.repeat_interleave(self.labels_per_group, 1)[:, : self.num_labels]
 
 
-# A head of your own: a class with forward, attention, bias and frozen_rate (see CSRA), and a name.
+# A head of your own: a class (num_features, num_labels, options that timm has not, e.g. no
+# drop_rate) with forward, attention, bias (L,) and frozen_rate as in CSRA, and a name here.
 # `Classifier.load` takes whole numbers up to 16384, or None, for its options (lam, dropout: any).
 HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "csra": CSRA, "mldecoder": MLDecoder}
 
@@ -1497,20 +1505,20 @@ def feature_map(model: nn.Module, features: torch.Tensor, size: Sequence[int]) -
 
     `size`, height and width of the images, says in which grid tokens (B, N, C) stand.
     """
-    found = features
+    maps = features
     if features.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
-        found = features.permute(0, 3, 1, 2)
+        maps = features.permute(0, 3, 1, 2)
     if features.ndim == 3:  # class tokens stand first; some models have one undeclared
         for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1, 2):
             n = max(features.shape[1] - prefix, 0)
             height = round((n * size[0] / size[1]) ** 0.5)
             if n and height * round(height * size[1] / size[0]) == n:
-                found = features[:, prefix:].transpose(1, 2).unflatten(2, (height, -1))
+                maps = features[:, prefix:].transpose(1, 2).unflatten(2, (height, -1))
                 break
-    if found.ndim != 4 or found.shape[2] * found.shape[3] < 2:
+    if maps.ndim != 4 or maps.shape[2] * maps.shape[3] < 2:
         problem = "pooled features or tokens without a grid form no map of two or more positions"
         raise ValueError(f"features {tuple(features.shape)}: {problem}")
-    return found
+    return maps
 
 
 class _HeadedModel(nn.Module):
@@ -1597,17 +1605,20 @@ def _unpool(model, input_size, head):
 
 
 def _build(name, size, kwargs):
-    """Return timm's model, or None if it would cut off pixels or pad windows at this size."""
+    """Return timm's model, or None if it would not fill `size` with whole patches or windows."""
     try:
         model = timm.create_model(name, img_size=size, **kwargs)  # None: the model's own
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         return timm.create_model(name, **kwargs)  # convolutional: takes any size
-    except (AssertionError, RuntimeError, ZeroDivisionError):
-        return None
-    own = getattr(model, "pretrained_cfg", {}).get("input_size", ())[1:]  # LeViT: 224 px, 7 / 2
-    whole = size != own and getattr(model, "feature_info", None)
+    except (AssertionError, RuntimeError, ZeroDivisionError) as error:
+        if size is not None:
+            return None
+        options = {key: value for key, value in kwargs.items() if key != "num_classes"}
+        raise ValueError(f"timm cannot build {name} with {options}: {first_line(error)}.") from None
+    usual = getattr(model, "pretrained_cfg", {}).get("input_size", ())[1:]  # LeViT: 224 px, 7 / 2
+    whole = size != usual and getattr(model, "feature_info", None)
     pairs = [(size, whole[-1]["reduction"])] if whole else []
     for block in model.modules():
         if hasattr(block, "window_size") and hasattr(block, "input_resolution"):
@@ -1626,8 +1637,10 @@ def _create_model(name, size, kwargs):
     for side in size:
         ranges = range(side // 8 * 8, 7, -8), range(-(-side // 8) * 8, 2 * side + 512, 8)
         with torch.device("meta"):
-            found = [next((s for s in r if _build(name, (s, s), kwargs)), 0) for r in ranges]
-        nearest.append(" or ".join(str(s) for s in sorted({*found} - {0})) or "none")
+            fitting = [next((s for s in r if _build(name, (s, s), kwargs)), 0) for r in ranges]
+            if not any(fitting):
+                _build(name, None, kwargs)  # the options may be at fault, which it says
+        nearest.append(" or ".join(str(s) for s in sorted({*fitting} - {0})) or "none")
     raise ValueError(
         f"{name} cannot take {size[0]} × {size[1]} px (height × width): its patches or windows do"
         f" not divide it; the nearest sizes are {' × '.join(nearest)}, or pass another window_size."
@@ -1693,13 +1706,13 @@ def _read_note(weights, stages):
     """Return the JSON that pretraining.ipynb writes beside its weights, if there is one."""
     note = weights.with_suffix(".json")
     try:
-        found = _read_object(note) if note.is_file() else {}
-        windows = found.get("pretrained_window_sizes", [0] * stages)
+        content = _read_object(note) if note.is_file() else {}
+        windows = content.get("pretrained_window_sizes", [0] * stages)
         pairs = [timm.layers.to_2tuple(window) for window in windows]
         is_size = [len(p) == 2 and all(type(n) is int and 0 <= n <= 8192 for n in p) for p in pairs]
         if len(pairs) < stages or not all(is_size):
             raise ValueError(f"pretrained_window_sizes: expected {stages} sizes in patches")
-        return found
+        return content
     except (TypeError, ValueError) as error:
         raise ValueError(f"{note}: no JSON of pretraining.ipynb ({error}).") from None
 
@@ -1708,22 +1721,22 @@ def _load_file(model, name, path, rename):
     """Load all weights but the classifier's; timm alone would silently keep missing ones random."""
     if not path.is_file() or path.suffix in (".npz", ".npy"):
         raise ValueError(f"{path}: no such weight file; give a state dict or PRETRAINED = False.")
-    own = model.state_dict()
+    expected = model.state_dict()
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
         with contextlib.suppress(KeyError):  # weights of another architecture: named below
             state = rename(state, model) if rename else state
-        kinds = {k: (v.shape, v.is_floating_point()) for k, v in own.items()}
-        found = {k: (v.shape, v.is_floating_point()) for k, v in state.items() if k in own}
-        state = {k: state[k] for k in found if found[k] == kinds[k]}
+        kinds = {k: (v.shape, v.is_floating_point()) for k, v in expected.items()}
+        given = {k: (v.shape, v.is_floating_point()) for k, v in state.items() if k in expected}
+        state = {k: state[k] for k in given if given[k] == kinds[k]}
         missing = model.load_state_dict(state, strict=False).missing_keys
     except Exception as error:
         problem = f"not a state dict that is safe to load ({first_line(error)})"
         raise ValueError(f"{path}: {problem}.") from None
     new = tuple(f"{n}." for n, m in model.named_modules() if m in _last_layers(model))
     if lost := [k for k in missing if not k.startswith(new)]:
-        problem = f"lacks {len(lost)} of {len(own)} weights of {name} in its shape: {brief(lost)}"
-        raise ValueError(f"{path}: {problem}.")
+        count = f"{len(lost)} of {len(expected)}"
+        raise ValueError(f"{path}: lacks {count} weights of {name} in its shape: {brief(lost)}.")
 
 
 def gains_by_channels_last(model: nn.Module) -> bool:
@@ -1770,7 +1783,7 @@ def extract_features(
             return torch.from_numpy(stored)
     device, layout = next(model.parameters()).device, _memory_format(model)
     model.to(memory_format=layout).eval()
-    found, loader = [], make_loader(part, config.batch_size, num_workers=config.num_workers)
+    batches, loader = [], make_loader(part, config.batch_size, num_workers=config.num_workers)
     # not inference_mode: a head could not be trained on its tensors
     with torch.no_grad(), _autocast(model, device.type), contextlib.ExitStack() as hooks:
         for layer in _last_layers(model) if pooled else ():  # returns what it sees, not logits
@@ -1781,10 +1794,10 @@ def extract_features(
                 features = model.forward_head(features)
             elif not isinstance(model, _HeadedModel):
                 features = feature_map(model, features, images.shape[2:])
-            found.append(features.float().cpu())
-    features = torch.cat(found)
+            batches.append(features.float().cpu())
+    features = torch.cat(batches)
     if cached:
-        with replacing(cached, by_all=True) as temporary, open(temporary, "wb") as file:
+        with replacing(cached, each_process=True) as temporary, open(temporary, "wb") as file:
             np.save(file, features.contiguous().numpy(), allow_pickle=False)
         trim_cache(config.cache_dir, config.cache_gb)
     return features
@@ -1802,8 +1815,8 @@ def _features_key(model, dataset, pooled):
     in_head = {id(tensor) for head in heads for tensor in (*head.parameters(), *head.buffers())}
     weights = model.state_dict(keep_vars=True).values()  # flat: strides are part of the hash
     backbone = [w.detach().cpu().reshape(-1).numpy() for w in weights if id(w) not in in_head]
-    about = type(model).__name__, model.spec["model_kwargs"]  # e.g. another pooling
-    return joblib.hash((files, str(dataset.transform), pooled, backbone, about))
+    architecture = type(model).__name__, model.spec["model_kwargs"]  # e.g. another pooling
+    return joblib.hash((files, str(dataset.transform), pooled, backbone, architecture))
 
 
 # ---------------------------------------------------------------- probe
@@ -1869,21 +1882,21 @@ def fit_probe(
     groups = np.arange(len(targets)) if groups is None else np.asarray(groups)
     by_number = np.ndim(targets) == 1
     y = torch.as_tensor(np.asarray(targets), dtype=torch.int64 if by_number else torch.float32)
-    about = exclusive, num_classes if by_number else y.shape[1]
+    kind = exclusive, num_classes if by_number else y.shape[1]
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    # without folds the strongest penalty
     x, losses, folds = (features - mean) / std, [], _folds(groups) if len(strengths) > 1 else []
+    judged = (y >= 0).all(1) if exclusive and not by_number else y >= 0
     for strength in strengths:
         total = 0.0
         for train, held_out in folds:
-            weights = _fit_logistic(x[train], y[train], strength, *about)
+            weights = _fit_logistic(x[train], y[train], strength, *kind)
             logits = x[held_out] @ weights[:-1] + weights[-1]
             total += _log_loss(logits, y[held_out], exclusive).item()
-        losses.append(total / max(int((y >= 0).sum()), 1))
+        losses.append(total / max(int(judged.sum()), 1))
         if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
             break  # it only overfits more from here
     table = pd.Series(losses, strengths[: len(losses)], name="log loss")
-    weights = _fit_logistic(x, y, table.idxmin(), *about)
+    weights = _fit_logistic(x, y, table.idxmin(), *kind)  # without folds: the first strength
     layer = nn.Linear(features.shape[1], weights.shape[1])
     with torch.no_grad():
         layer.weight.copy_((weights[:-1] / std[:, None]).T)
@@ -1904,14 +1917,14 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
     features = model.forward_features(images)
     if isinstance(model, _HeadedModel):
         return model.head.attention(features)[:, label].unflatten(1, features.shape[2:]).float()
-    found = feature_map(model, features, images.shape[2:])
-    alone = found.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C): each position as an image
+    maps = feature_map(model, features, images.shape[2:])
+    alone = maps.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C): each position as an image
     if features.ndim == 3:  # in the place of the class tokens, too
-        n_tokens = 1 + features.shape[1] - found[0, 0].numel()
+        n_tokens = 1 + features.shape[1] - maps[0, 0].numel()
         alone = alone[:, None].expand(-1, n_tokens, -1)
     else:
-        alone = alone[:, :, None, None] if found is features else alone[:, None, None]
-    return model.forward_head(alone)[:, label].view(len(found), *found.shape[2:]).float()
+        alone = alone[:, :, None, None] if maps is features else alone[:, None, None]
+    return model.forward_head(alone)[:, label].view(len(maps), *maps.shape[2:]).float()
 
 
 # ---------------------------------------------------------------- precision
@@ -1920,8 +1933,8 @@ def _label_maps(model: nn.Module, images: torch.Tensor, label: int) -> torch.Ten
 def _fastest_device() -> str:
     if "LOCAL_RANK" in os.environ:  # `accelerate launch`: "cuda" becomes the GPU of this process
         return this_process().device.type
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return next((name for name, is_there in found.items() if is_there), "cpu")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return next((name for name, is_there in available.items() if is_there), "cpu")
 
 
 def fast_precision(model: nn.Module, device: str | None = None, training: bool = True) -> str:
@@ -1957,18 +1970,18 @@ def time_steps(
     seconds = {}
     for precision in dict.fromkeys(("no", _half_precision(images.device.type))):
         for is_last in layouts:
-            layout, taken = torch.channels_last if is_last else torch.contiguous_format, []
+            layout, times = torch.channels_last if is_last else torch.contiguous_format, []
             network, batch = model.to(memory_format=layout), images.contiguous(memory_format=layout)
             dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-            while len(taken) < 2 or (len(taken) < 5 and sum(taken) < 1):
+            while len(times) < 2 or (len(times) < 5 and sum(times) < 1):
                 start = time.perf_counter()
                 with torch.autocast(images.device.type, dtype, enabled=precision != "no"):
                     loss = network.train()(batch).float().square().mean()
                 loss.backward()
                 grads = [p.grad for p in network.parameters() if p.grad is not None]
                 grads[0].sum().item()  # waits for a GPU, whose first layer is the last to be done
-                taken.append(time.perf_counter() - start)
-            seconds[precision, is_last] = min(taken)
+                times.append(time.perf_counter() - start)
+            seconds[precision, is_last] = min(times)
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
@@ -1994,7 +2007,7 @@ class MaskedLoss(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        name = _fitting_loss(name, targets.ndim == 1)
+        name = _resolve_loss(name, targets.ndim == 1)
         if name == "ce" and (class_weights is not None or kwargs):
             raise ValueError(f"loss='ce' takes no {brief(kwargs or ['class_weights'])}.")
         if name != "ce" and label_smoothing:
@@ -2031,7 +2044,7 @@ class MaskedLoss(nn.Module):
         return (self.loss(logits, targets) * counted).sum() / counted.sum().clamp(min=1)
 
 
-def _fitting_loss(loss: str, exclusive: bool) -> str:
+def _resolve_loss(loss: str, exclusive: bool) -> str:
     """Return "ce" for classes and "bce" for labels in place of "auto"; refuse the wrong one."""
     if exclusive and loss not in ("auto", "ce"):
         problem = "is for labels that may come together, and this partition has one class a photo"
@@ -2051,7 +2064,7 @@ def _check_exclusive(part: DataPartition, name: str) -> None:
         raise ValueError(f"loss='ce': {problem}; use 'bce' where several labels may be present.")
 
 
-def _logits_of(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int = 1) -> torch.Tensor:
+def _mean_of_views(model: nn.Module, images: torch.Tensor, flip: bool, rolls: int) -> torch.Tensor:
     """Return the mean logits of images in `rolls` even turns, with `flip` each mirrored as well."""
     width = images.shape[-1]
     views = [images, *(images.roll(turn * width // rolls, -1) for turn in range(1, rolls))]
@@ -2115,7 +2128,7 @@ class TrainConfig:
     epochs: int = _option(30, "how often every training photo is seen", _FROM_1)
     batch_size: int = _option(32, "photos per step, in each process", _FROM_1)
     learning_rate: float = _option(5e-4, "the highest one of the schedule", _ABOVE_0)
-    head_learning_rate: float | None = _option(None, "that of the head; None: the same", _ABOVE_0)
+    head_learning_rate: float | None = _option(None, "of the head; None: the same", _ABOVE_0)
     weight_decay: float = _option(0.05, "how strongly AdamW pulls weights to 0", _FROM_0)
     layer_decay: float | None = _option(None, "rate × this for each layer below the head", _SHARE)
     warmup_epochs: float = _option(2, "in these the rate rises from 0", _FROM_0)
@@ -2131,22 +2144,22 @@ class TrainConfig:
     label_smoothing: float = _option(0.0, "share spread over all classes (ce)", _BELOW_1)
     class_weights: str | None = _option(None, "for bce, asl: neg_pos, inv_freq, effective_num")
     schedule: str = _option("cosine", "how the rate falls: see SCHEDULES", SCHEDULES)
-    frozen_below: float = _option(0.0, "layers with less of the rate stay frozen", _BELOW_1)
-    start: str = _option("small", "the head: small (random) or a probe", ("small", "probe"))
-    batch_norm: str = _option("trained", "its statistics: trained or frozen", ("trained", "frozen"))
+    frozen_below: float = _option(0.0, "layer_decay: layers of less rate stay frozen", _BELOW_1)
+    start: str = _option("small", "of the head; probe: fitted before epoch 1", ("small", "probe"))
+    batch_norm: str = _option("trained", "statistics of batch norm", ("trained", "frozen"))
     grad_checkpointing: bool = _option(False, "half the memory for a third more time")
     min_crop: float = _option(0.8, "the least share of a photo that a crop keeps", _SHARE)
     test_scale: float | None = _option(1.0, "size in use: × img_width; None: 1 or 9/7", _ABOVE_0)
     rand_augment: str | None = _option(None, "e.g. rand-m6-n2, in place of colour jitter")
     drop_rate: float = _option(0.0, "dropout before the head", _BELOW_1)
     flip_test: bool = _option(False, "answer for a photo and its mirror image together")
-    rolls: int = _option(1, "and for so many turns of a panorama, up to 64", _FROM_1)
+    rolls: int = _option(1, "answer for so many turns of a panorama, up to 64", _FROM_1)
     head: str = _option("linear", "linear, csra or mldecoder")
     # What is trained from what, where.
     head_kwargs: dict = _option(dict, "options of the head, e.g. lam of csra")
     partition_dir: str = _option("", "the CSVs of partitioning.ipynb")
     view: str = _option("half", "what a photo shows: half or panorama", VIEWS)
-    labels: list = _option(list, "their order; empty: as in the CSVs")  # not compared
+    labels: list = _option(list, "order of the labels; empty: as in the CSVs")  # not compared
     model_name: str = _option("", "any timm model")
     model_kwargs: dict = _option(dict, "options of the timm model, e.g. drop_path_rate")
     pretrained: bool | str = _option(False, "True (hub), or the path of a state dict")
@@ -2166,8 +2179,8 @@ class TrainConfig:
             if isinstance(values, tuple):
                 check_choice(name, value, values)
             kinds = get_args(option.type) or (option.type,)
-            taken = (*kinds, int) if float in kinds else kinds
-            fits = isinstance(value, taken) and (bool in kinds or not isinstance(value, bool))
+            accepted = (*kinds, int) if float in kinds else kinds
+            fits = isinstance(value, accepted) and (bool in kinds or not isinstance(value, bool))
             if not fits or (value is not None and values in _RANGES and not _RANGES[values](value)):
                 expected = values or " or ".join(_KINDS[kind] for kind in kinds)
                 raise ValueError(f"{name}={value!r}: expected {expected}.")
@@ -2180,11 +2193,12 @@ class TrainConfig:
     def recipe(cls, pretrained: bool | str, n_images: int, **changes: Any) -> "TrainConfig":
         """Return the settings that were measured best, with the `changes` that are not None."""
         _check_options(changes)
-        found = dict(PRETRAINED_RECIPE if pretrained else SCRATCH_RECIPE, pretrained=pretrained)
-        batch_size = changes.get("batch_size") or found["batch_size"]
-        epochs = round(found.pop("steps") * batch_size / max(n_images, 1))
-        found["epochs"] = min(max(epochs, found.pop("min_epochs")), 40)
-        return cls(**(found | {key: v for key, v in changes.items() if v is not None}))
+        given = {name: value for name, value in changes.items() if value is not None}
+        settings = dict(PRETRAINED_RECIPE if pretrained else SCRATCH_RECIPE, pretrained=pretrained)
+        steps, least = settings.pop("steps"), settings.pop("min_epochs")
+        config = cls(**settings | given)
+        epochs = round(steps * config.batch_size * config.grad_accum_steps / max(n_images, 1))
+        return config if "epochs" in given else replace(config, epochs=min(max(epochs, least), 40))
 
     @classmethod
     def read(cls, path: PathLike, **changes: Any) -> "TrainConfig":
@@ -2228,16 +2242,16 @@ def build_run(
     options = {"drop_rate": config.drop_rate, **config.model_kwargs, **head_kwargs}
     options |= {"head": head or config.head, "pretrained": config.pretrained, "head_bias": rates}
     model = build_model(config.model_name, len(labels), img_size=config.img_size, **options)
-    _look_at(model, config, config.test_scale or 1)
-    about = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
+    _set_test_scale(model, config, config.test_scale or 1)
+    shared = labels, make_transforms(model, False, config.view), config.cache_dir, config.cache_gb
     tables = parts | {"plain": parts["train"]}
-    sets = {name: DataPartition(table, *about) for name, table in tables.items()}
+    sets = {name: DataPartition(table, *shared) for name, table in tables.items()}
     crops = {"crop_scale": (config.min_crop, 1.0), "rand_augment": config.rand_augment}
     sets["train"].transform = make_transforms(model, True, config.view, **crops)
     return model, sets
 
 
-def _look_at(model: nn.Module, config: TrainConfig, scale: float) -> bool:
+def _set_test_scale(model: nn.Module, config: TrainConfig, scale: float) -> bool:
     """Let a model that takes any size be used on photos of `scale` × the size in training."""
     timms = getattr(getattr(model, "backbone", model), "pretrained_cfg", {})
     if scale == 1 or timms.get("fixed_input_size", True) or "test_input_size" in model.data_config:
@@ -2255,21 +2269,21 @@ def choose_test_size(trainer: "Trainer", *others: DataPartition) -> tuple[Array,
     `compare_scores` that is returned. It is None where `test_scale` says the size, or the network.
     """
     config, val, model = trainer.config, trainer.val_set, trainer.plain
-    both = {"flip": config.flip_test, "rolls": config.rolls}
-    probs = trainer.predict(val, **both)
-    if config.test_scale is not None or not _look_at(model, config, 9 / 7):
+    views = {"flip": config.flip_test, "rolls": config.rolls}
+    probs = trainer.predict(val, **views)
+    if config.test_scale is not None or not _set_test_scale(model, config, 9 / 7):
         return probs, None
     larger = copy.copy(val)
     larger.transform = make_transforms(model, False, config.view)
-    found = trainer.predict(larger, **both)
-    answers = val.targets, found, probs, val.label_columns, val.groups
-    versus = compare_scores(*answers, seed=config.seed).iloc[-1]  # mAP, or top-1
+    larger_probs = trainer.predict(larger, **views)
+    compared = val.targets, larger_probs, probs, val.label_columns, val.groups
+    versus = compare_scores(*compared, seed=config.seed).iloc[-1]  # mAP, or top-1
     if versus["difference"] <= (versus["high"] - versus["low"]) / 3.92:  # 95 %: 2 × 1.96
         del model.data_config["test_input_size"]
         return probs, versus
     for part in (val, *others):
         part.transform = larger.transform
-    return found, versus
+    return larger_probs, versus
 
 
 def start_from_probe(model: nn.Module, parts: dict, config: TrainConfig) -> float:
@@ -2280,17 +2294,18 @@ def start_from_probe(model: nn.Module, parts: dict, config: TrainConfig) -> floa
     train, val = parts["plain"], parts["val"]
     if model.spec["head"] == "linear":
         x, x_val = (extract_features(model, part, config, pooled=True) for part in (train, val))
-        options = {"exclusive": config.loss == "ce", "num_classes": len(train.label_columns)}
-        probe, _ = fit_probe(x, train.targets, train.groups, **options)
+        exclusive, num_classes = config.loss == "ce", len(train.label_columns)
+        probe, _ = fit_probe(x, train.targets, train.groups, exclusive, num_classes=num_classes)
         use_probe(model, probe)
-        return mean_average_precision(val.targets, probe(x_val).detach().numpy())
+        probs = to_probs(probe(x_val).detach(), exclusive)
+        return mean_average_precision(val.targets, probs)
     rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:4000])
     sets = [store_features(model, part, config) for part in (train.rows(rows), val)]
-    taken = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
-    own = {key: getattr(config, key) for key in taken} | {"epochs": 20, "warmup_epochs": 1}
-    own["learning_rate"] = model.get_classifier().frozen_rate
+    shared = ("batch_size", "loss", "loss_kwargs", "class_weights", "seed", "precision")
+    settings = {key: getattr(config, key) for key in shared} | {"epochs": 20, "warmup_epochs": 1}
+    settings["learning_rate"] = model.get_classifier().frozen_rate
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**own), folder)
+        trainer = Trainer(model.get_classifier(), *sets, TrainConfig(**settings), folder)
         return trainer.fit_whole()["val_mAP"].max()
 
 
@@ -2328,7 +2343,7 @@ def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, update
     rest, first = epochs - warmup, {"warmup_prefix": True}
     options = {"sched": "cosine", "num_epochs": epochs, "warmup_epochs": warmup, "warmup_lr": 0.0}
     rise = {"warmup_epochs": 0.3 * epochs, "warmup_lr": config.learning_rate / 25}
-    own: dict[str, dict[str, Any]] = {
+    by_name: dict[str, dict[str, Any]] = {
         "cosine": {},  # Loshchilov & Hutter 2017, arXiv 1608.03983
         "one-cycle": first | rise | {"num_epochs": 0.7 * epochs},  # Smith 2019, arXiv 1708.07120
         "flat-cosine": {"sched": "wsd", "decay_epochs": 0.28 * epochs / rest, "decay_fn": "cosine"},
@@ -2336,7 +2351,7 @@ def _make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, update
         "warm-restarts": first | {"num_epochs": rest / 3, "cycle_limit": 3, "cycle_decay": 1.0},
     }
     per_step = {"step_on_epochs": False, "updates_per_epoch": updates}
-    return create_scheduler_v2(optimizer, **(options | own[config.schedule]), **per_step)[0]
+    return create_scheduler_v2(optimizer, **(options | by_name[config.schedule]), **per_step)[0]
 
 
 def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
@@ -2379,9 +2394,9 @@ class Trainer:
             raise ValueError("training and validation partitions have different labels or order.")
         self.run_dir, self.best_path, self.val_set = Path(run_dir), Path(run_dir) / WEIGHTS, val_set
         spec = getattr(model, "spec", {}).items()
-        own = {key: value for key, value in spec if key in ("head", "head_kwargs")}
-        own["loss"] = _fitting_loss(config.loss, train_set.exclusive)
-        config = replace(config, labels=list(train_set.label_columns), **own)
+        from_model = {key: value for key, value in spec if key in ("head", "head_kwargs")}
+        from_model["loss"] = _resolve_loss(config.loss, train_set.exclusive)
+        config = replace(config, labels=list(train_set.label_columns), **from_model)
         if config.precision == "measure":
             config = self._measured(config, model, train_set)
         self.config = config
@@ -2408,7 +2423,7 @@ class Trainer:
             saved = asdict(TrainConfig()) | read_state(self.run_dir / "config.json", fix)
         if all(saved.get(k) == v for k, v in asdict(config).items() if k not in {*names, *_FREE}):
             return replace(config, **{name: saved[name] for name in names})
-        state, trial = PartialState(), copy.deepcopy(model)
+        state, trial = this_process(), copy.deepcopy(model)
         if config.grad_checkpointing:
             getattr(trial, "backbone", trial).set_grad_checkpointing()
         n, said = min(8, max(2, config.batch_size)), config.channels_last
@@ -2485,7 +2500,7 @@ class Trainer:
             return self._run(after_epoch)
 
     def fit_whole(self, after_epoch: AfterEpoch = None) -> pd.DataFrame:
-        """Do the same as one training of many: the stop button ends what called it, too."""
+        """Do as `fit`, for one of several trainings: the stop button ends what called it, too."""
         history = self.fit(after_epoch)
         if self.stopped:  # a half-trained one would be compared with whole ones
             raise KeyboardInterrupt
@@ -2534,13 +2549,14 @@ class Trainer:
             before = state.get(what, now)
             may_differ = what == "precision" and "fp16" not in (before, now)  # another machine
             if before != now and not may_differ:
-                found = f"{what}={before!r}, now it is {now!r}"
-                raise ValueError(f"{start} {found}; resume as it was trained, {again}.")
+                difference = f"{what}={before!r}, now it is {now!r}"
+                raise ValueError(f"{start} {difference}; resume as it was trained, {again}.")
 
     def predict(
         self, dataset: Dataset, weights: str = "current", flip: bool = False, rolls: int = 1
     ) -> np.ndarray:
         """Return probabilities (N, L); weights="ema": the moving average; flip: both ways round."""
+        check_choice("weights", weights, ("current", "ema") if self.ema else ("current",))
         logits = self._predict_logits(dataset, weights, flip, rolls)
         return to_probs(logits, self.config.loss == "ce")
 
@@ -2560,8 +2576,8 @@ class Trainer:
         with torch.inference_mode(), self.autocast():
             for images, _ in loader:
                 images = images.contiguous(memory_format=self.layout)
-                found = _logits_of(model, images, flip, rolls)
-                logits.append(accelerator.gather_for_metrics(found).float())
+                batch_logits = _mean_of_views(model, images, flip, rolls)
+                logits.append(accelerator.gather_for_metrics(batch_logits).float())
         return torch.cat(logits)
 
     def _run(self, after_epoch: AfterEpoch) -> pd.DataFrame:
@@ -2600,7 +2616,9 @@ class Trainer:
 
     def _has_patience(self) -> bool:
         scores = [self._score(row) for row in self.history]
-        return not scores or len(scores) - 1 - np.argmax(scores) < self.config.patience
+        if not np.isfinite(scores).any():  # an own `validate` may have nothing to say yet
+            return len(scores) < self.config.patience
+        return len(scores) - 1 - np.nanargmax(scores) < self.config.patience
 
     def _score(self, row: dict[str, float]) -> float:
         """Return what is best when highest."""
@@ -2625,8 +2643,8 @@ class Trainer:
         """Return `metric` and whatever else history shall hold; of the better weights with EMA."""
         if self.ema is None:
             return self._validate("current")
-        found = [self._validate(weights) | {"weights": weights} for weights in ("ema", "current")]
-        return max(found, key=self._score)
+        scores = [self._validate(name) | {"weights": name} for name in ("ema", "current")]
+        return max(scores, key=self._score)
 
     def _validate(self, weights: str) -> dict[str, float]:
         logits = self._predict_logits(self.val_set, weights)
@@ -2698,7 +2716,7 @@ class Trainer:
         return total / n_images
 
     def _save_last(self) -> None:
-        """Write last.tmp/, its trainer.json last, then rename it."""
+        """Write history.csv and the resume point: last.tmp/, trainer.json last, then rename it."""
         last, temporary = self.run_dir / "last", self.run_dir / "last.tmp"
         if self.accelerator.is_main_process:
             _remove_resume_point(temporary)
@@ -2771,8 +2789,8 @@ def to_cells(targets: Any, num_labels: int) -> Array:
     """Return targets as cells (N, L): 1, 0, NaN for unknown; of class numbers one is 1 a row."""
     if (targets := np.asarray(targets)).ndim == 2:
         return np.asarray(targets, float)
-    own = targets[:, None] == np.arange(num_labels)
-    return np.where(targets[:, None] < 0, np.float32(np.nan), own)
+    one_hot = targets[:, None] == np.arange(num_labels)
+    return np.where(targets[:, None] < 0, np.float32(np.nan), one_hot)
 
 
 def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
@@ -2784,9 +2802,10 @@ def _as_scored(targets: Any, probs: Any) -> tuple[Array, Array]:
 
 def rank_classes(targets: Array, probs: Array) -> Array:
     """Return how many classes came before the true one (N,): top-k is rank < k; -1 is unknown."""
-    own = np.take_along_axis(probs, np.maximum(targets, 0)[:, None], axis=1)
+    true_probs = np.take_along_axis(probs, np.maximum(targets, 0)[:, None], axis=1)
     earlier = np.arange(probs.shape[1]) < targets[:, None]  # of equal ones the first is taken
-    return np.where(targets >= 0, ((probs > own) | ((probs == own) & earlier)).sum(1), -1)
+    before = (probs > true_probs) | ((probs == true_probs) & earlier)
+    return np.where(targets >= 0, before.sum(1), -1)
 
 
 def _replicates(
@@ -2825,7 +2844,7 @@ def _replicates(
 def _interval(values: Array) -> tuple[Array, Array]:
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         samples = values[1:] if len(values) > 1 else values * np.nan
-        return tuple(np.nanquantile(samples, [(1 - 0.95) / 2, (1 + 0.95) / 2], axis=0))
+        return tuple(np.nanquantile(samples, [0.025, 0.975], axis=0))
 
 
 def score_labels(
@@ -2889,14 +2908,14 @@ def compare_scores(
     numbers (N,) the last line compares the top-1 accuracy.
     """
     lines = ["mAP", "top-1"] if np.ndim(targets) == 1 else ["mAP"]
-    if taken := [name for name in lines if name in label_columns]:
-        raise ValueError(f"a label is named {taken[0]!r}, as a line for all labels; rename it.")
+    if clashing := [name for name in lines if name in label_columns]:
+        raise ValueError(f"a label is named {clashing[0]!r}, as a line for all labels; rename it.")
 
     def replicates(runs: Array) -> Array:
-        shape, found = (len(targets), len(label_columns)), np.shape(runs)
-        if found[-2:] != shape:
+        shape, given = (len(targets), len(label_columns)), np.shape(runs)
+        if given[-2:] != shape:
             expected = f"expected {shape}, as the targets, or several of these"
-            raise ValueError(f"probabilities of shape {found}: {expected}.")
+            raise ValueError(f"probabilities of shape {given}: {expected}.")
         runs = np.reshape(runs, (-1, *shape))
         scores = [_replicates(targets, p, 0.5, groups, n_bootstrap, seed) for p in runs]
         columns = [np.column_stack([one["AP"], *(one[name] for name in lines)]) for one in scores]
@@ -2944,10 +2963,10 @@ def _shrunk_cuts(targets: Array, probs: Array, groups: Groups, beta: float, seed
         cuts, scores = _best_cuts(targets[drawn], probs[drawn], beta)
         draws.append(np.where(scores > 0, cuts, cuts[-1]))  # 0: the sample has no positive
     clipped = np.clip(draws, 1e-6, 1 - 1e-6)
-    *own, common = np.log(clipped / (1 - clipped)).mean(0)  # in logits
+    *per_label, common = np.log(clipped / (1 - clipped)).mean(0)  # in logits
     n = (targets >= 0.5).sum(0)
-    own = np.array(own) * n / (n + 10) + common * 10 / (n + 10)
-    return 1 / (1 + np.exp(-np.append(own, common)))
+    per_label = np.array(per_label) * n / (n + 10) + common * 10 / (n + 10)
+    return 1 / (1 + np.exp(-np.append(per_label, common)))
 
 
 def find_optimal_thresholds(
@@ -2981,17 +3000,17 @@ def find_optimal_thresholds(
         right = (said & (targets >= 0.5)).sum(0)
         score = (1 + beta**2) * right / (beta**2 * positives + said.sum(0)).clip(1e-12)
     few, missed = f"global: fewer than {min_positives} positives", "global: precision not reached"
-    own = "shrunk" if mode == "shrunk" else "own"
-    source = np.select([positives < min_positives, np.less(score, 0)], [few, missed], own)
+    chosen = "shrunk" if mode == "shrunk" else "own"
+    source = np.select([positives < min_positives, np.less(score, 0)], [few, missed], chosen)
     if mode == "global":
         source = np.full(len(positives), "global" if reached >= 0 else missed)
     table = pd.DataFrame(index=pd.Index(label_columns, name="label"))
-    table["threshold"] = np.where(source == own, cuts[:-1], cuts[-1] if reached >= 0 else 0.5)
-    table["score"] = np.where(source == own, score, np.nan)
+    table["threshold"] = np.where(source == chosen, cuts[:-1], cuts[-1] if reached >= 0 else 0.5)
+    table["score"] = np.where(source == chosen, score, np.nan)
     return table.assign(positives=positives, source=source)
 
 
-def _logits(probs: Array, exclusive: bool) -> torch.Tensor:
+def _to_logits(probs: Array, exclusive: bool) -> torch.Tensor:
     """Return logits (`exclusive`: logs) in double precision; 0 and 1 stay finite and apart."""
     probs = torch.as_tensor(np.clip(np.asarray(probs, float), 1e-38, 1 - 1e-8))
     return probs.log() if exclusive else probs.logit()
@@ -3006,7 +3025,7 @@ def calibrate(probs: Array, calibration: Array | None, exclusive: bool = False) 
     if calibration is None:
         return np.asarray(probs)
     slope, shift = np.asarray(calibration, float)
-    logits = _logits(probs, exclusive) * torch.tensor(slope) + torch.tensor(shift)
+    logits = _to_logits(probs, exclusive) * torch.tensor(slope) + torch.tensor(shift)
     return (logits.softmax(-1) if exclusive else logits.sigmoid()).numpy()
 
 
@@ -3020,8 +3039,8 @@ def _fit_slopes(z, y, spread, exclusive):
     same = z.new_tensor([[1.0], [0.0]])
 
     def lines(weights):
-        both = scale * weights
-        return same + both[:, :1] + both[:, 1:]
+        change = scale * weights
+        return same + change[:, :1] + change[:, 1:]
 
     def penalised(weights):
         slope, shift = lines(weights)
@@ -3029,9 +3048,9 @@ def _fit_slopes(z, y, spread, exclusive):
         return (loss + weights.square().sum() / 2) / len(z)
 
     start = z.new_zeros(2, 1 + z.shape[1])
-    found = lines(_minimize(penalised, start, max_iter=30, tolerance_change=1e-6))
-    found[0].clamp_(min=0.05)  # a label that cannot be told is not turned round
-    return found
+    best = lines(_minimize(penalised, start, max_iter=30, tolerance_change=1e-6))
+    best[0].clamp_(min=0.05)  # a label that cannot be told is not turned round
+    return best
 
 
 def fit_calibration(
@@ -3043,7 +3062,8 @@ def fit_calibration(
     left out in turn decide by their log loss; None if that is not lowered by more than its
     standard error. `exclusive` classes share a slope, 1 / temperature (arXiv 1706.04599).
     """
-    z, y = _logits(_as_scored(targets, probs)[1], exclusive), torch.as_tensor(np.asarray(targets))
+    z = _to_logits(_as_scored(targets, probs)[1], exclusive)
+    y = torch.as_tensor(np.asarray(targets))
     if not exclusive:
         y = torch.where(y.isnan(), y, (y >= 0.5).double())
     folds = _folds(np.arange(len(z)) if groups is None else np.asarray(groups))
@@ -3094,8 +3114,8 @@ def _choose_rules(
     probs = calibrate(probs, calibration, exclusive)
     rules = {"calibration": calibration, "bands": find_bands(probs, targets, exclusive=exclusive)}
     if not exclusive:
-        found = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
-        rules["thresholds"] = found["threshold"]
+        table = find_optimal_thresholds(probs, targets, labels, "shrunk", groups=groups)
+        rules["thresholds"] = table["threshold"]
     return rules
 
 
@@ -3175,9 +3195,9 @@ class Classifier:
         counts = [len(x) for x in (self.labels, self.thresholds, self.panorama_thresholds)]
         n, self.exclusive = model.spec["num_labels"], self.activation == "softmax"
         if counts != ([n, 0, 0] if self.exclusive else [n, n, n]):
-            found = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
-            raise ValueError(f"{found} ({self.activation}) and {n} logits do not match.")
-        self._check_rules()
+            counted = "{} labels, {} thresholds and {} panorama_thresholds".format(*counts)
+            raise ValueError(f"{counted} ({self.activation}) and {n} logits do not match.")
+        self._normalize_rules()
         columns = ["image", "part", *self.labels, *(f"{name}_prob" for name in self.labels)]
         if twice := [name for name in self.labels if columns.count(name) > 1]:
             raise ValueError(f"labels {brief(twice)}: names of columns of the table; rename them.")
@@ -3191,7 +3211,7 @@ class Classifier:
         """What `decide` and the scores take: thresholds, or "argmax" of exclusive classes."""
         return "argmax" if self.exclusive else self.thresholds
 
-    def _check_rules(self) -> None:
+    def _normalize_rules(self) -> None:
         """Make arrays of calibrations and bands, (2, L), and of what is usual."""
         check_choice("combine", self.combine, COMBINE)
         self.combine = "mean" if self.exclusive else self.combine
@@ -3241,9 +3261,9 @@ class Classifier:
         df.insert(0, "image_path", [str(path) for path in part.paths])
         groups = pd.Series(part.groups).groupby(df["image_path"].map(panorama_name), sort=False)
         probs = calibrate(probs, rules["calibration"])
-        found = {how: to_panorama_level(df, labels, probs, how) for how in COMBINE}
-        combine = max(found, key=lambda how: mean_average_precision(*found[how]))
-        targets, joint = found[combine]
+        by_combination = {how: to_panorama_level(df, labels, probs, how) for how in COMBINE}
+        combine = max(by_combination, key=lambda how: mean_average_precision(*by_combination[how]))
+        targets, joint = by_combination[combine]
         whole = _choose_rules(joint, targets, labels, groups.first().to_numpy())
         rules |= {f"panorama_{name}": rule for name, rule in whole.items()} | {"combine": combine}
         return cls(model, labels, **rules | options)
@@ -3271,8 +3291,8 @@ class Classifier:
         try:
             options = content["head_kwargs"] | content["model_kwargs"]
             model = build_model(content["model_name"], pretrained=False, **kwargs, **options)
-            own = {"mean", "std", "interpolation", "test_input_size"} & content.keys()
-            model.data_config |= {key: content[key] for key in own}
+            preparation = {"mean", "std", "interpolation", "test_input_size"} & content.keys()
+            model.data_config |= {key: content[key] for key in preparation}
             classifier = cls(model, *(content[option.name] for option in fields(cls)[1:]))
         except Exception as error:  # a stranger's values may fail anywhere inside timm
             raise ValueError(f"{path}: no model can be made of it ({first_line(error)}).") from None
@@ -3313,24 +3333,25 @@ class Classifier:
         items, flip = _as_items(images), self.flip if flip is None else flip
         halves, busy = panorama and self.view == "half", 0.0
         views = _Views(items, self.transform, panorama, halves)
-        loader = make_loader(views, batch_size, num_workers=num_workers)
-        loader = loader if num_workers else read_ahead(views, batch_size)
+        loader = read_ahead(views, batch_size)  # a generator: nothing is read before it is used
+        if num_workers:
+            loader = make_loader(views, batch_size, num_workers=num_workers)
         probs, names, failed = [np.empty((0, 1 + halves, len(self.labels)))], [], []
         options = {"desc": "classifying", "leave": False, "delay": 2}
-        own = tqdm(total=len(items), **options) if bar is None else contextlib.nullcontext(bar)
-        with torch.inference_mode(), _autocast(self.model, self.device), own as bar:
-            for batch, found, problems in loader:
-                failed += [(name, problem) for name, problem in zip(found, problems) if problem]
+        progress = tqdm(total=len(items), **options) if bar is None else contextlib.nullcontext(bar)
+        with torch.inference_mode(), _autocast(self.model, self.device), progress as bar:
+            for batch, batch_names, problems in loader:
+                failed += [pair for pair in zip(batch_names, problems) if pair[1]]
                 if failed and unreadable == "raise":
                     raise OSError(failed[0][1])
                 start, good = time.perf_counter(), [not problem for problem in problems]
                 photos = batch.flatten(0, 1).to(self.device)
-                logits = _logits_of(self.model, photos, flip, self.rolls)
+                logits = _mean_of_views(self.model, photos, flip, self.rolls)
                 answers = to_probs(logits, self.exclusive).reshape(*batch.shape[:2], -1)
                 busy += time.perf_counter() - start
                 probs.append(answers[good])
-                names += itertools.compress(found, good)
-                bar.update(len(found))
+                names += itertools.compress(batch_names, good)
+                bar.update(len(batch_names))
         table = self._table(names, np.concatenate(probs), panorama, abstain)
         table.attrs |= {"unreadable": failed, "busy": busy}
         return table
@@ -3373,10 +3394,10 @@ class Classifier:
 
     def _features(self, images: Any, config: TrainConfig | None) -> Array:
         """Return what the last layer sees of paths, (N, C)."""
-        paths, cache = pd.DataFrame({"image_path": _as_items(images)}), config and config.cache_dir
-        part, pooled = DataPartition(paths, [], self.transform, cache), self.model.spec["head"]
-        found = extract_features(self.model, part, config, pooled == "linear")
-        return (found if found.ndim == 2 else found.mean((2, 3))).double().numpy()
+        config, paths = config or TrainConfig(), pd.DataFrame({"image_path": _as_items(images)})
+        part = DataPartition(paths, [], self.transform, config.cache_dir, config.cache_gb)
+        features = extract_features(self.model, part, config, self.model.spec["head"] == "linear")
+        return (features if features.ndim == 2 else features.mean((2, 3))).double().numpy()
 
     def _distance(self, features: Array) -> Array:
         away = (features - self.usual["mean"]) / self.usual["std"]
@@ -3384,19 +3405,20 @@ class Classifier:
 
     def remember(self, images: Any, config: TrainConfig | None = None) -> None:
         """Keep what the photos (paths or a folder) that it learnt from are like, for `novelty`."""
-        found = self._features(images, config)
-        self.usual = {"mean": found.mean(0), "std": found.std(0) + 1e-6}
-        self.usual["distances"] = np.quantile(self._distance(found), np.linspace(0, 1, 101))
+        features = self._features(images, config)
+        self.usual = {"mean": features.mean(0), "std": features.std(0) + 1e-6}
+        self.usual["distances"] = np.quantile(self._distance(features), np.linspace(0, 1, 101))
 
     def novelty(self, images: Any, config: TrainConfig | None = None) -> Array:
-        """Return the share of remembered photos that lie nearer to their middle, (N,), 0 to 1.
+        """Return per path how much of what was remembered is more usual than it, (N,), 0 to 1.
 
-        From 0.99 on a photo is unlike what was trained on: do not trust its answers.
+        More usual: its features lie nearer to their mean. From 0.99 on a photo is unlike what was
+        trained on.
         """
         if self.usual is None:
             raise ValueError("novelty needs remember(photos) of the training part first.")
-        found = self._distance(self._features(images, config))
-        return np.searchsorted(self.usual["distances"], found).clip(max=100) / 100
+        distances = self._distance(self._features(images, config))
+        return np.searchsorted(self.usual["distances"], distances).clip(max=100) / 100
 
     def explain(self, image: Any, label: str, panorama: bool = False) -> np.ndarray:
         """Show where the model looks for a label, from 0 to 1, (H, W) in pixels of its input.
@@ -3431,11 +3453,11 @@ def _as_items(images: Any) -> list[Any]:
     raise TypeError(f"{type(images).__name__}: expected an image, an array, a path or a folder.")
 
 
-def _check_labels(path: Path, found: list[str], wanted: list[str]) -> None:
-    wrong = [(i, *pair) for i, pair in enumerate(zip(found, wanted), 1) if pair[0] != pair[1]]
+def _check_labels(path: Path, given: list[str], wanted: list[str]) -> None:
+    wrong = [(i, *pair) for i, pair in enumerate(zip(given, wanted), 1) if pair[0] != pair[1]]
     problem = "its label {} is {!r}, not {!r}".format(*wrong[0]) if wrong else ""
-    if len(found) != len(wanted):
-        problem = f"it knows {len(found)} labels, not the {len(wanted)} wanted"
+    if len(given) != len(wanted):
+        problem = f"it knows {len(given)} labels, not the {len(wanted)} wanted"
     if problem:
         raise ValueError(f"{path}: {problem}; train on the same partitions to compare.")
 
@@ -3491,7 +3513,7 @@ def show_images(
     pictures = [np.asarray(open_image(i, small) if isinstance(i, PathLike) else i) for i in images]
     given = [str(title).encode(errors="backslashreplace") for title in titles or [""] * len(images)]
     lines = [title.decode().splitlines() for title in given]  # Matplotlib draws no lone surrogates
-    texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in found) for found in lines]
+    texts = ["\n".join(textwrap.fill(line, int(14 * width)) for line in parts) for parts in lines]
     rows = -(-len(pictures) // columns)
     height = 0.2 + 0.14 * (1 + max(text.count("\n") for text in texts))
     height += width * max(p.shape[0] / p.shape[1] for p in pictures)
@@ -3509,8 +3531,9 @@ def show_images(
 
 def show_predictions(part: DataPartition, probs: Array, cuts: Cuts, seed: int = 42) -> None:
     """Draw nine photos of a part; below each, of what is known, what is right, missed and wrong."""
-    shown = np.sort(np.random.default_rng(seed).permutation(len(part.paths))[:9])
-    figure = show_images([part.paths[i] for i in shown], columns=3)
+    paths = part.paths
+    shown = np.sort(np.random.default_rng(seed).permutation(len(paths))[:9])
+    figure = show_images([paths[i] for i in shown], columns=3)
     figure.get_layout_engine().set(h_pad=0.28)  # inches: room for the lines below
     cells, reported = to_cells(part.targets, len(part.label_columns)), decide(probs, cuts)
     kinds = [("right", (cells >= 0.5) & reported, "tab:green")]
@@ -3716,11 +3739,11 @@ def _report_data(parts: dict[str, pd.DataFrame], labels: list[str]) -> list:
     if CLASS in rows:
         table = pd.crosstab(rows[CLASS], rows["part"])[list(parts)]
     else:
-        found = {(part, k): f(parts[part][labels]).sum() for part in parts for k, f in cells}
-        table = pd.DataFrame(found)
+        cell_counts = {(part, k): f(parts[part][labels]).sum() for part in parts for k, f in cells}
+        table = pd.DataFrame(cell_counts)
     sizes = rows["image_path"].map(os.path.getsize)
     alike = rows[sizes.duplicated(keep=False)]  # only files of one size can be equal
-    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in alike["image_path"]]
+    digests = alike["image_path"].map(sha256)
     twice = [alike.groupby(digests), rows.groupby("panorama")]
     twice = "{} equal files, {} panoramas".format(*(g["part"].nunique().gt(1).sum() for g in twice))
     below = os.path.relpath(os.path.commonpath([*map(os.path.abspath, rows["image_path"])]))
@@ -3739,18 +3762,18 @@ def _report_training(config: TrainConfig, history: pd.DataFrame, about: dict[str
 
 
 def _report_scores(part: DataPartition, probs: Array, cut: Cuts, seed: int) -> list:
-    answers = part.targets, probs
-    table = score_labels(*answers, part.label_columns, cut, part.groups, seed=seed)
+    scored = part.targets, probs
+    table = score_labels(*scored, part.label_columns, cut, part.groups, seed=seed)
     few = ", ".join(table.index[table["note"] != ""]) or "no label"
     groups = pd.Series(part.groups, dtype=str)
     sites = {}
     for site, rows in groups.groupby(groups.str.split("/").str[0], sort=False).indices.items():
         draws = 500 if len(set(groups[rows])) > 1 else 0  # one group: no interval
-        found = summarize_scores(*(x[rows] for x in answers), cut, groups[rows], draws, seed)
-        ends = found.loc["mAP", ["low", "high"]].rename("mAP {}".format)
-        sites[site] = pd.concat([pd.Series({"photos": len(rows)}), found["value"], ends])
+        scores = summarize_scores(*(x[rows] for x in scored), cut, groups[rows], draws, seed)
+        ends = scores.loc["mAP", ["low", "high"]].rename("mAP {}".format)
+        sites[site] = pd.concat([pd.Series({"photos": len(rows)}), scores["value"], ends])
     said = f"Intervals of 95 % by a bootstrap of whole groups. Too few to judge: {few}."
-    overall = summarize_scores(*answers, cut, part.groups, seed=seed)
+    overall = summarize_scores(*scored, cut, part.groups, seed=seed)
     by_site = pd.DataFrame(sites).T.astype({"photos": int})
     return [said, overall, table.drop(columns="note"), "Site by site:", by_site]
 
@@ -3762,9 +3785,11 @@ def _report_mistakes(
     true = targets >= 0.5
     error = np.where(~np.isnan(targets) & (true != reported), np.abs(probs - true), 0)
     worst = np.argsort(-error, axis=None, kind="stable")[: min(most, np.count_nonzero(error))]
+    rows, columns = np.unravel_index(worst, error.shape)
     pictures, titles = [], []
-    for i, j in zip(*np.unravel_index(worst, error.shape)):
-        path, label = part.paths[i], part.label_columns[j]
+    paths = part.paths
+    for i, j in zip(rows, columns):
+        path, label = paths[i], part.label_columns[j]
         pictures += [path, overlay_heat_map(path, used.explain(path, label))]
         word = "missed" if true[i, j] else "wrongly reported"
         titles += [f"{label}: {word}\nprobability {probs[i, j]:.2f}", Path(path).stem]

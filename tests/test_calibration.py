@@ -66,7 +66,7 @@ def test_overconfident_probabilities_are_brought_back():
 
 def test_hardly_held_back_it_is_platt_scaling_by_scikit_learn():
     probs, targets = draw(300, slope=2, shift=-1, n_labels=1)
-    z = du._logits(probs, False)
+    z = du._to_logits(probs, False)
     found = du._fit_slopes(z, torch.tensor(targets), 1e4, False).numpy()
     platt = LogisticRegression(C=np.inf, tol=1e-8).fit(z.numpy(), targets[:, 0])
     np.testing.assert_allclose(found[:, 0], [platt.coef_[0, 0], platt.intercept_[0]], rtol=5e-3)
@@ -329,7 +329,9 @@ def test_photo_unlike_the_known_ones_is_flagged(tmp_path, head):
     classifier = du.Classifier(model, LABELS, [0.5] * 2)
     with pytest.raises(ValueError, match="novelty needs remember"):
         classifier.novelty(tmp_path)
-    classifier.remember(sorted(tmp_path.glob("*.png")))
+    config = du.TrainConfig(cache_dir=str(tmp_path / "cache"), cache_gb=1e-9)
+    classifier.remember(sorted(tmp_path.glob("*.png")), config)
+    assert not [*(tmp_path / "cache").rglob("*.npy")]  # its bound holds here too
     odd = tmp_path / "odd" / "noise.png"
     odd.parent.mkdir()
     photo(0, (32, 32)).save(odd)

@@ -151,7 +151,7 @@ def test_probe_and_base_rates_of_numbers_are_those_of_one_hot_rows():
     layer, losses = du.fit_probe(x, numbers, num_classes=3)
     other, other_losses = du.fit_probe(x, np.eye(3)[numbers], exclusive=True)
     torch.testing.assert_close(layer.weight, other.weight, rtol=1e-2, atol=1e-3)
-    np.testing.assert_allclose(3 * other_losses, losses, rtol=1e-3)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-3)
     rates = du.base_rate_logits(np.array([0, 0, 1, -1]), num_classes=3)
     np.testing.assert_allclose(F.softmax(torch.tensor(rates), 0), np.array([4, 2, 1]) / 7)
     hidden = np.where(np.arange(60) < 20, -1, numbers)
@@ -287,6 +287,9 @@ def test_class_column_of_a_csv_takes_numbers_as_names_and_empty_cells_as_unknown
     assert table["site"].tolist() == ["x", "y", "y", "x"]
     with pytest.raises(ValueError, match="no column kind; its columns are sample, site, label"):
         partitioning.read_class_column(path, "kind")
+    path.write_text("image,label\na.jpg,1\n")
+    with pytest.raises(ValueError, match="no column image; its columns are image, label"):
+        partitioning.read_class_column(path, "label", ["image"])
     path.write_text("sample,label\na.jpg,1\na.jpg,2\n")
     with pytest.raises(ValueError, match="file name twice, .*line 3: 'a.jpg'"):
         partitioning.read_class_column(path, "label")

@@ -444,6 +444,13 @@ def test_size_that_a_vit_cannot_take_is_refused_with_sizes_that_work(img_size):
         du.build_model("vit_tiny_patch16_224", 2, pretrained=False, img_size=img_size, depth=1)
 
 
+@pytest.mark.parametrize("img_size", [None, 224])
+def test_options_that_do_not_go_together_are_named_whatever_the_size(img_size):
+    wrong = {"embed_dim": 100, "num_heads": 3}
+    with pytest.raises(ValueError, match="cannot build vit_tiny_patch16_224 with .*'num_heads': 3"):
+        du.build_model("vit_tiny_patch16_224", 2, pretrained=False, img_size=img_size, **wrong)
+
+
 @pytest.mark.parametrize("img_size", [-64, (0, 64), (64, -1)])
 def test_size_below_one_pixel_is_refused(img_size):
     with pytest.raises(ValueError, match="positive"):

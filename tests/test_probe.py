@@ -637,9 +637,14 @@ def test_few_photos_are_seen_more_often():
 
 
 def test_changes_win_over_the_recipe_and_none_leaves_it():
+    for size, steps in ((32, 1), (16, 2), (64, 1), (32, 2)):  # photos a step: 32, 32, 64, 64
+        found = du.TrainConfig.recipe(True, 600, batch_size=size, grad_accum_steps=steps).epochs
+        assert found == round(100 * size * steps / 600)
     config = du.TrainConfig.recipe(True, 100, epochs=7, learning_rate=None, mixup_alpha=0.3)
     assert (config.epochs, config.mixup_alpha) == (7, 0.3)
     assert config.learning_rate == du.TrainConfig.recipe(True, 100).learning_rate
+    with pytest.raises(ValueError, match="grad_accum_steps='2': expected a whole number"):
+        du.TrainConfig.recipe(True, 100, grad_accum_steps="2")
     with pytest.raises(ValueError, match="no option lerning_rate; expected some of epochs, batch"):
         du.TrainConfig.recipe(True, 100, lerning_rate=1)
     with pytest.raises(ValueError, match=r"did you mean learning_rate\?"):

@@ -471,6 +471,30 @@ def test_training_ends_after_exactly_patience_epochs_without_a_better_score(spoi
     assert len(scores) < 30
 
 
+@pytest.mark.parametrize(
+    ("scores", "epochs"),
+    [
+        ([NAN, 0.3, 0.4, 0.5, 0.4, 0.4, 0.9], 6),  # the best is that of the fourth
+        ([NAN, NAN, NAN], 2),
+    ],
+)
+def test_patience_counts_from_the_best_known_score(sets, tmp_path, scores, epochs):
+    class Judged(du.Trainer):
+        def validate(self):
+            return {"val_mAP": scores[self.epoch]}
+
+    run = Judged(ChannelNet(), *sets, config(epochs=len(scores), patience=2), tmp_path)
+    assert len(run.fit()) == epochs
+
+
+def test_unknown_weights_are_refused(sets, tmp_path):
+    run = trainer(sets, tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="weights='emma': expected 'current'"):
+        run.predict(sets[1], "emma")
+    with pytest.raises(ValueError, match="weights='ema': expected 'current'"):
+        run.predict(sets[1], "ema")  # this training has no moving average
+
+
 def test_history_has_a_row_an_epoch_written_as_it_happens(spoilt):
     _, history, run_dir, rows_on_disk, _ = spoilt
     assert all(epoch == rows for epoch, rows in rows_on_disk)

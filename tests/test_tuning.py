@@ -431,6 +431,14 @@ def test_file_that_does_not_fit_is_refused_in_a_sentence(tmp_path, content, head
         du.read_tuned(write(tmp_path, content), head)
 
 
+def test_search_with_a_head_of_ones_own_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path, DEFAULT | {"head": "mine"})
+    with pytest.raises(ValueError, match="head='mine': expected 'linear' or 'csra'"):
+        du.read_tuned(path, "mine")
+    monkeypatch.setitem(du.HEADS, "mine", du.CSRA)
+    assert du.read_tuned(path, "mine").keys() == DEFAULT.keys() - {"head"}
+
+
 def test_values_of_another_network_are_taken_with_a_warning(tmp_path):
     found_with = {"model_name": "a", "model_kwargs": {"depths": (2, 2)}, "img_width": 64}
     path = write(tmp_path, DEFAULT | {"found_with": found_with})
