@@ -2815,7 +2815,9 @@ def _replicates(
     numbers, (targets, probs) = np.asarray(targets), _as_scored(targets, probs)
     known, true = ~np.isnan(targets), targets >= 0.5
     predicted = decide(probs, "argmax" if numbers.ndim == 1 else thresholds)
-    index = pd.factorize(pd.Series(groups))[0] if groups is not None else np.arange(len(targets))
+    index = np.arange(len(targets)) if groups is None else pd.factorize(np.asarray(groups))[0]
+    if index.min(initial=0) < 0:
+        raise ValueError("groups holds NaN; give each row its group.")
     ones, rng = np.ones(index.max() + 1), np.random.default_rng(seed)
     drawn = rng.multinomial(len(ones), ones / len(ones), size=n_bootstrap)
     weights = np.vstack([ones, drawn])[:, index]  # (1 + n_bootstrap, N)
@@ -2869,6 +2871,9 @@ def score_labels(
     table.index.name = "label"
     table["support"], table["absent"] = (targets >= 0.5).sum(0), (targets < 0.5).sum(0)
     table["unknown"] = np.isnan(targets).sum(0)
+    if groups is not None:  # that show the label: of few, an interval is too narrow
+        there = pd.DataFrame(targets >= 0.5).groupby(np.asarray(groups)).any()
+        table["groups"] = there.sum().to_numpy()
     for name in ("AP", "precision", "recall", "F1"):
         table[name] = scores[name][0]
         if name in ("AP", "F1"):
@@ -3691,7 +3696,7 @@ def describe_comparison(table: pd.DataFrame, name: str) -> str:
     told = pd.Series(lines, table.index)[labels.index]
     worse = "; ".join(told[labels["high"] < 0][:10]) or "none"
     better = "; ".join(told[labels["low"] > 0][-10:]) or "none"
-    told = f"Clearly worse: {worse}.\nClearly better: {better}."
+    told = f"Worse, interval below zero: {worse}.\nBetter, interval above zero: {better}."
     return f"{ahead} ahead on this test part, one seed: {lines[-1]}.\n{told}"
 
 

@@ -861,8 +861,9 @@ def test_comparison_is_told_with_its_interval_and_what_got_worse(total, start):
     text = du.describe_comparison(table, "CSRA")
     interval = "mAP {:+.3f} ({:+.3f} to {:+.3f}).".format(*total)
     assert text.startswith(f"{start} on this test part, one seed: {interval}")
-    assert "Clearly worse: Tree -0.064 (-0.194 to -0.007).\nClearly better: none." in text
-    assert "Clearly worse: none." in du.describe_comparison(table.drop("Tree"), "CSRA")
+    worse = "Worse, interval below zero: Tree -0.064 (-0.194 to -0.007)."
+    assert f"{worse}\nBetter, interval above zero: none." in text
+    assert "Worse, interval below zero: none." in du.describe_comparison(table.drop("Tree"), "CSRA")
 
 
 def test_demo_knows_which_cells_show_a_label(notebook_functions, tmp_path):

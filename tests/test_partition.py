@@ -329,6 +329,29 @@ def test_parts_with_other_labels_are_refused(tmp_path):
         load_parts(tmp_path)
 
 
+def test_groups_of_an_earlier_test_stay_the_test_when_more_is_labelled(tmp_path, monkeypatch):
+    df = draw_rows(40, seed=2)
+    df["image_path"] = [f"photos/{i:03}.jpg" for i in range(len(df))]
+    df["group_id"] = df["group_id"].astype(str)
+    labels = [c for c in df if c not in ("group_id", "image_path")]
+    first = df[df["group_id"].isin(df["group_id"].unique()[:25])].reset_index(drop=True)
+    test = group_stratified_split(first, labels, seed=3)["test"]
+    write_partition(test, tmp_path / "test_partition.csv")
+    held = notebook.held_out(df, str(tmp_path / "test_partition.csv"))
+    parts = notebook.split_beside(df, held, labels, seed=3)
+    assert set(parts["test"]["group_id"]) == set(test["group_id"])
+    assert_whole(parts, df)
+    monkeypatch.setattr(notebook, "IMAGE_DIR", "photos")
+    assert not notebook.held_out(df, None).any()
+    strangers = df.assign(group_id="another place")
+    with pytest.raises(ValueError, match=r"test_partition\.csv: no labelled photo of photos is of"):
+        notebook.held_out(strangers, str(tmp_path / "test_partition.csv"))
+    with pytest.raises(ValueError, match="val: no labelled photo of photos is of this test"):
+        notebook.held_out(df, "val")
+    inside = df.assign(image_path=df["image_path"].str.replace("photos/00", "photos/val/00"))
+    assert notebook.held_out(inside, "val").sum() == 10
+
+
 def test_given_test_photos_are_the_test_and_the_rest_is_drawn_as_ever():
     df = draw_rows(60, seed=1)
     labels = [c for c in df if c != "group_id"]

@@ -213,6 +213,13 @@ def test_bootstrap_draws_whole_groups():
     for name in ("AP", "F1"):
         wide, narrow = (t[f"{name}_high"] - t[f"{name}_low"] for t in (table, rows))
         assert (wide > narrow).all()
+    assert table["groups"].tolist() == (targets >= 0.5).sum(0).tolist()  # a row each of 60
+    assert "groups" not in rows
+
+
+def test_group_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="groups holds NaN"):
+        score_labels(TARGETS, PROBS, LABELS, groups=["a", "b", None, "a"], n_bootstrap=0)
 
 
 def test_interval_has_no_width_if_there_is_only_one_group():
