@@ -2191,10 +2191,17 @@ class TrainConfig:
 
     @classmethod
     def recipe(cls, pretrained: bool | str, n_images: int, **changes: Any) -> "TrainConfig":
-        """Return the settings that were measured best, with the `changes` that are not None."""
+        """Return the settings that were measured best, with the `changes` that are not None.
+
+        Weights of pretraining.ipynb, whose features no label has formed, are fine-tuned like random
+        ones; the JSON beside them says so.
+        """
         _check_options(changes)
         given = {name: value for name, value in changes.items() if value is not None}
-        settings = dict(PRETRAINED_RECIPE if pretrained else SCRATCH_RECIPE, pretrained=pretrained)
+        note = _read_note(Path(pretrained), 0) if isinstance(pretrained, PathLike) else {}
+        has_features = pretrained and note.get("recipe") != "scratch"
+        settings = PRETRAINED_RECIPE if has_features else SCRATCH_RECIPE
+        settings = dict(settings, pretrained=pretrained)
         steps, least = settings.pop("steps"), settings.pop("min_epochs")
         config = cls(**settings | given)
         epochs = round(steps * config.batch_size * config.grad_accum_steps / max(n_images, 1))

@@ -310,6 +310,7 @@ def test_note_beside_the_weights_names_the_network_and_its_windows(nb, tmp_path)
         "model_kwargs": options | {"depths": [2, 2], "num_heads": [2, 2]},
         "img_size": [32, 64],
         "epochs": 3,
+        "recipe": "scratch",
         "pretrained_window_sizes": [[4, 4], [4, 4], 0, 0],
     }
     files = {p.name for p in tmp_path.iterdir()}

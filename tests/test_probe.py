@@ -629,6 +629,19 @@ def test_recipe_depends_on_pretrained_weights():
     assert du.TrainConfig.recipe("weights.pth", 1000).start == "probe"
 
 
+def test_weights_of_pretraining_without_labels_are_fine_tuned_like_random_ones(tmp_path):
+    weights = str(tmp_path / "pretrained.safetensors")
+    assert du.TrainConfig.recipe(weights, 1000).start == "probe"
+    (tmp_path / "pretrained.json").write_text('{"recipe": "scratch", "img_size": [64, 64]}')
+    scratch = du.TrainConfig.recipe(False, 1000, learning_rate=1e-4)
+    assert du.TrainConfig.recipe(weights, 1000, learning_rate=1e-4) == dataclasses.replace(
+        scratch, pretrained=weights
+    )
+    (tmp_path / "pretrained.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"pretrained\.json: no JSON of pretraining\.ipynb"):
+        du.TrainConfig.recipe(weights, 1000)
+
+
 def test_few_photos_are_seen_more_often():
     epochs = [du.TrainConfig.recipe(True, n).epochs for n in (50, 500, 5_000, 500_000)]
     assert epochs == sorted(epochs, reverse=True)
