@@ -1572,7 +1572,11 @@ def build_model(
         windows = ("pretrained_window_sizes",)  # SwinV2 measures positions in shares of them
         kwargs = {key: note[key] for key in windows if key in note} | kwargs
     size = timm.layers.to_2tuple(img_size) if img_size else None
-    model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
+    try:
+        model = _create_model(name, size, dict(kwargs, num_classes=num_labels))
+    except (AssertionError, LookupError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        said = f"timm cannot build {name} with {kwargs} ({type(error).__name__}: {error})"
+        raise ValueError(f"{said}.") from None
     bias = torch.zeros(num_labels) if head_bias is None else head_bias
     _start_head(model, bias)
     if pretrained:
@@ -1612,13 +1616,13 @@ def _build(name, size, kwargs):
         if "img_size" not in str(error):
             raise
         return timm.create_model(name, **kwargs)  # convolutional: takes any size
-    except (AssertionError, RuntimeError, ZeroDivisionError) as error:
-        if size is not None:
-            return None
-        options = {key: value for key, value in kwargs.items() if key != "num_classes"}
-        raise ValueError(f"timm cannot build {name} with {options}: {first_line(error)}.") from None
+    except (AssertionError, RuntimeError, ZeroDivisionError):
+        if size is None:
+            raise
+        return None
     usual = getattr(model, "pretrained_cfg", {}).get("input_size", ())[1:]  # LeViT: 224 px, 7 / 2
-    whole = size != usual and getattr(model, "feature_info", None)
+    as_published = size == usual and kwargs.keys() == {"num_classes"}
+    whole = not as_published and getattr(model, "feature_info", None)
     pairs = [(size, whole[-1]["reduction"])] if whole else []
     for block in model.modules():
         if hasattr(block, "window_size") and hasattr(block, "input_resolution"):
@@ -2198,7 +2202,8 @@ class TrainConfig:
         """
         _check_options(changes)
         given = {name: value for name, value in changes.items() if value is not None}
-        note = _read_note(Path(pretrained), 0) if isinstance(pretrained, PathLike) else {}
+        is_path = isinstance(pretrained, str) and pretrained
+        note = _read_note(Path(pretrained), 0) if is_path else {}
         has_features = pretrained and note.get("recipe") != "scratch"
         settings = PRETRAINED_RECIPE if has_features else SCRATCH_RECIPE
         settings = dict(settings, pretrained=pretrained)
@@ -2532,7 +2537,8 @@ class Trainer:
         """Take the resume point; the best weights must be there, or the last would be the best."""
         try:
             history = state["history"]
-            if np.isfinite([*map(self._score, history)]).any():
+            self.history = history
+            if self._has_best():
                 self._load_best()
             self.accelerator.load_state(str(last))
             if self.ema is not None:
@@ -2541,8 +2547,8 @@ class Trainer:
             self.epoch, self.step = (int(history[-1][name]) for name in ("epoch", "step"))
         except Exception as error:  # whatever a damaged file makes torch raise
             fix = "if it is damaged, make a new Trainer and call fit() to start again"
+            self.history = []
             raise ValueError(f"{last}: cannot be read ({first_line(error)}); {fix}.") from None
-        self.history = history
 
     def _load_best(self) -> None:
         self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
@@ -2617,15 +2623,18 @@ class Trainer:
             fix = "take a batch_size of 2 or more, or batch_norm='frozen'"
             raise ValueError(f"batch norm cannot learn from one photo at a time; {fix}.") from None
         self.accelerator.wait_for_everyone()
-        if self.history and self.best_path.is_file():
+        if self._has_best():
             self._load_best()
         return pd.DataFrame(self.history)
 
+    def _has_best(self) -> bool:
+        """Say whether an epoch had a score; else the weights there are those of an older run."""
+        return any(np.isfinite(self._score(row)) for row in self.history)
+
     def _has_patience(self) -> bool:
         scores = [self._score(row) for row in self.history]
-        if not np.isfinite(scores).any():  # an own `validate` may have nothing to say yet
-            return len(scores) < self.config.patience
-        return len(scores) - 1 - np.nanargmax(scores) < self.config.patience
+        best = np.nanargmax(scores) if self._has_best() else -1
+        return len(scores) - 1 - best < self.config.patience
 
     def _score(self, row: dict[str, float]) -> float:
         """Return what is best when highest."""
@@ -2823,8 +2832,8 @@ def _replicates(
     known, true = ~np.isnan(targets), targets >= 0.5
     predicted = decide(probs, "argmax" if numbers.ndim == 1 else thresholds)
     index = np.arange(len(targets)) if groups is None else pd.factorize(np.asarray(groups))[0]
-    if index.min(initial=0) < 0:
-        raise ValueError("groups holds NaN; give each row its group.")
+    if len(index) != len(targets) or index.min(initial=0) < 0:
+        raise ValueError(f"groups: expected {len(targets)} names, none of them NaN.")
     ones, rng = np.ones(index.max() + 1), np.random.default_rng(seed)
     drawn = rng.multinomial(len(ones), ones / len(ones), size=n_bootstrap)
     weights = np.vstack([ones, drawn])[:, index]  # (1 + n_bootstrap, N)

@@ -445,10 +445,22 @@ def test_size_that_a_vit_cannot_take_is_refused_with_sizes_that_work(img_size):
 
 
 @pytest.mark.parametrize("img_size", [None, 224])
-def test_options_that_do_not_go_together_are_named_whatever_the_size(img_size):
-    wrong = {"embed_dim": 100, "num_heads": 3}
-    with pytest.raises(ValueError, match="cannot build vit_tiny_patch16_224 with .*'num_heads': 3"):
-        du.build_model("vit_tiny_patch16_224", 2, pretrained=False, img_size=img_size, **wrong)
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("vit_tiny_patch16_224", {"embed_dim": 100, "num_heads": 3}),
+        ("vit_tiny_patch16_224", {"act_layer": "nope"}),
+        ("convnext_atto", {"depths": (1, 1)}),
+    ],
+)
+def test_options_that_do_not_go_together_are_named_whatever_the_size(name, wrong, img_size):
+    with pytest.raises(ValueError, match=f"cannot build {name} with .*'{[*wrong][-1]}'"):
+        du.build_model(name, 2, pretrained=False, img_size=img_size, **wrong)
+
+
+def test_patches_that_would_cut_off_pixels_are_refused_at_the_usual_size_too():
+    with pytest.raises(ValueError, match="cannot take 224 × 224 px"):
+        du.build_model("vit_tiny_patch16_224", 2, pretrained=False, img_size=224, patch_size=100)
 
 
 @pytest.mark.parametrize("img_size", [-64, (0, 64), (64, -1)])

@@ -1,6 +1,7 @@
 """Splitting by groups, label rates in the parts, and near-duplicates."""
 
 import itertools
+import os
 import warnings
 
 from data_utils import load_parts, read_csv_labels, read_partition, write_partition
@@ -329,7 +330,7 @@ def test_parts_with_other_labels_are_refused(tmp_path):
         load_parts(tmp_path)
 
 
-def test_groups_of_an_earlier_test_stay_the_test_when_more_is_labelled(tmp_path, monkeypatch):
+def test_groups_of_an_earlier_test_stay_the_test_when_more_is_labelled(tmp_path):
     df = draw_rows(40, seed=2)
     df["image_path"] = [f"photos/{i:03}.jpg" for i in range(len(df))]
     df["group_id"] = df["group_id"].astype(str)
@@ -341,15 +342,34 @@ def test_groups_of_an_earlier_test_stay_the_test_when_more_is_labelled(tmp_path,
     parts = notebook.split_beside(df, held, labels, seed=3)
     assert set(parts["test"]["group_id"]) == set(test["group_id"])
     assert_whole(parts, df)
-    monkeypatch.setattr(notebook, "IMAGE_DIR", "photos")
-    assert not notebook.held_out(df, None).any()
-    strangers = df.assign(group_id="another place")
-    with pytest.raises(ValueError, match=r"test_partition\.csv: no labelled photo of photos is of"):
-        notebook.held_out(strangers, str(tmp_path / "test_partition.csv"))
-    with pytest.raises(ValueError, match="val: no labelled photo of photos is of this test"):
-        notebook.held_out(df, "val")
-    inside = df.assign(image_path=df["image_path"].str.replace("photos/00", "photos/val/00"))
-    assert notebook.held_out(inside, "val").sum() == 10
+
+
+def test_test_is_known_by_its_photos_where_the_names_of_groups_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {"image_path": ["a.jpg", "b.jpg"], "group_id": ["007", "Mo\u0308we"], "Sea": [1.0, 0.0]}
+    write_partition(pd.DataFrame(rows), "test_partition.csv")
+    names = ["7", "7", "M\u00f6we ", "another"]
+    new = [os.path.abspath("a.jpg"), "c.jpg", "d.jpg", "e.jpg"]
+    df = pd.DataFrame({"image_path": new, "group_id": names})
+    with pytest.warns(UserWarning, match=r"no labelled photo of 007; was GROUP_BY another\?"):
+        held = notebook.held_out(df, "test_partition.csv")
+    assert held.tolist() == [True, True, True, False]  # c.jpg shares a group with a.jpg
+
+
+def test_folder_of_the_test_is_one_of_the_images_or_a_path(monkeypatch):
+    monkeypatch.setattr(notebook, "IMAGE_DIR", ".")
+    paths = ["val/a.jpg", "val2/b.jpg", "None/c.jpg", "x/val/d.jpg"]
+    df = pd.DataFrame({"image_path": paths, "group_id": list("abcd")})
+    for fixed in ("val", "val/", "./val"):
+        assert notebook.held_out(df, fixed).tolist() == [True, False, False, False]
+
+
+def test_label_that_the_given_test_lacks_is_told():
+    df = draw_rows(30, seed=1, labels=3)
+    held = df["group_id"].isin(df["group_id"].unique()[:6])
+    df.loc[held, "label 2"] = 0.0
+    with pytest.warns(UserWarning, match="no group of some part shows: .*label 2"):
+        notebook.split_beside(df, held, labels_in(df), seed=3)
 
 
 def test_given_test_photos_are_the_test_and_the_rest_is_drawn_as_ever():

@@ -218,8 +218,9 @@ def test_bootstrap_draws_whole_groups():
 
 
 def test_group_without_a_name_is_refused():
-    with pytest.raises(ValueError, match="groups holds NaN"):
-        score_labels(TARGETS, PROBS, LABELS, groups=["a", "b", None, "a"], n_bootstrap=0)
+    for groups in (["a", "b", None, "a"], ["a", "b"]):
+        with pytest.raises(ValueError, match="groups: expected 4 names, none of them NaN"):
+            score_labels(TARGETS, PROBS, LABELS, groups=groups, n_bootstrap=0)
 
 
 def test_interval_has_no_width_if_there_is_only_one_group():

@@ -487,6 +487,18 @@ def test_patience_counts_from_the_best_known_score(sets, tmp_path, scores, epoch
     assert len(run.fit()) == epochs
 
 
+def test_weights_of_an_older_run_are_not_taken_for_the_best(sets, tmp_path):
+    class Silent(du.Trainer):
+        def validate(self):
+            return {"val_mAP": NAN}
+
+    trainer(sets, tmp_path, epochs=1).fit()
+    run = Silent(ChannelNet(), *sets, config(epochs=1, seed=7), tmp_path)
+    run.fit()
+    older = weights_of(tmp_path / BEST)
+    assert any(not torch.equal(older[name], tensor) for name, tensor in weights_of(run).items())
+
+
 def test_unknown_weights_are_refused(sets, tmp_path):
     run = trainer(sets, tmp_path, epochs=1)
     with pytest.raises(ValueError, match="weights='emma': expected 'current'"):
