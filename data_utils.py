@@ -1621,7 +1621,7 @@ def _build(name, size, kwargs):
             raise
         return None
     usual = getattr(model, "pretrained_cfg", {}).get("input_size", ())[1:]  # LeViT: 224 px, 7 / 2
-    as_published = size == usual and kwargs.keys() == {"num_classes"}
+    as_published = size == usual and not kwargs.keys() & {"patch_size", "window_size"}
     whole = not as_published and getattr(model, "feature_info", None)
     pairs = [(size, whole[-1]["reduction"])] if whole else []
     for block in model.modules():

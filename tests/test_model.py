@@ -482,5 +482,5 @@ def test_keyword_that_no_model_takes_is_named():
 
 @pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0"])
 def test_network_takes_the_size_of_its_own_weights(name):
-    model = du.build_model(name, 2, pretrained=False, img_size=224).eval()
+    model = du.build_model(name, 2, pretrained=False, img_size=224, drop_rate=0.1).eval()
     assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 2)
