@@ -266,6 +266,19 @@ def test_finished_run_of_classes_is_a_softmax_classifier(tmp_path):
     assert table["difference"].eq(0).all() and probs.shape == (6, 3)
 
 
+def test_probe_of_classes_is_scored_by_its_probabilities(monkeypatch):
+    logits = torch.tensor([[3.0, 2.9], [1.0, -5.0], [0.0, -9.0]])  # rank otherwise than softmax
+    probe = torch.nn.Linear(2, 2)
+    probe.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+    monkeypatch.setattr(du, "extract_features", lambda *_, **__: logits)
+    monkeypatch.setattr(du, "fit_probe", lambda *_, **__: (probe, None))
+    monkeypatch.setattr(du, "use_probe", lambda *_: None)
+    targets, model = np.array([1, 0, 0]), SimpleNamespace(spec={"head": "linear"})
+    part = SimpleNamespace(targets=targets, groups=targets, label_columns=["a", "b"])
+    parts, config = {"plain": part, "val": part}, du.TrainConfig(loss="ce")
+    assert du.start_from_probe(model, parts, config) == 1.0
+
+
 # ---------------------------------------------------------------- partitioning
 
 
