@@ -3577,7 +3577,7 @@ def to_picture(image: torch.Tensor, data_config: dict[str, Any]) -> Array:
     return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.7) -> np.ndarray:
+def overlay_heat_map(image: Any, heat_map: np.ndarray, opacity: float = 0.5) -> np.ndarray:
     """Return a photo (H, W, 3) under a heat map from 0 to 1; `opacity` is that of a 1."""
     photo = open_image(image, (384, 384))
     cells = Image.fromarray(np.asarray(heat_map, np.float32))
