@@ -2537,8 +2537,7 @@ class Trainer:
         """Take the resume point; the best weights must be there, or the last would be the best."""
         try:
             history = state["history"]
-            self.history = history
-            if self._has_best():
+            if self._has_best(history):
                 self._load_best()
             self.accelerator.load_state(str(last))
             if self.ema is not None:
@@ -2547,8 +2546,8 @@ class Trainer:
             self.epoch, self.step = (int(history[-1][name]) for name in ("epoch", "step"))
         except Exception as error:  # whatever a damaged file makes torch raise
             fix = "if it is damaged, make a new Trainer and call fit() to start again"
-            self.history = []
             raise ValueError(f"{last}: cannot be read ({first_line(error)}); {fix}.") from None
+        self.history = history
 
     def _load_best(self) -> None:
         self.plain.load_state_dict(safetensors.torch.load_file(self.best_path))
@@ -2623,17 +2622,17 @@ class Trainer:
             fix = "take a batch_size of 2 or more, or batch_norm='frozen'"
             raise ValueError(f"batch norm cannot learn from one photo at a time; {fix}.") from None
         self.accelerator.wait_for_everyone()
-        if self._has_best():
+        if self._has_best(self.history):
             self._load_best()
         return pd.DataFrame(self.history)
 
-    def _has_best(self) -> bool:
+    def _has_best(self, history: list[dict[str, Any]]) -> bool:
         """Say whether an epoch had a score; else the weights there are those of an older run."""
-        return any(np.isfinite(self._score(row)) for row in self.history)
+        return any(np.isfinite(self._score(row)) for row in history)
 
     def _has_patience(self) -> bool:
         scores = [self._score(row) for row in self.history]
-        best = np.nanargmax(scores) if self._has_best() else -1
+        best = np.nanargmax(scores) if self._has_best(self.history) else -1
         return len(scores) - 1 - best < self.config.patience
 
     def _score(self, row: dict[str, float]) -> float:
